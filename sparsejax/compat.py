@@ -1,0 +1,8 @@
+"""Differences between the supported JAX lines; nowhere else may ask for a version."""
+
+import jax
+
+JAX_VERSION: tuple[int, ...] = jax.__version_info__
+
+# The interpreter of Mosaic GPU kernels runs what ours need from this line on.
+HAS_GPU_INTERPRETER = JAX_VERSION >= (0, 12)

@@ -1,0 +1,251 @@
+"""From a config file and command-line overrides to validated frozen dataclasses.
+
+A config file returns an ``ml_collections.ConfigDict``; ``convert`` turns it into nested
+frozen dataclasses and nothing past that line sees a ConfigDict. The dataclasses are the
+only owners of names, types and defaults. Whatever a user can get wrong raises
+``ConfigError``: one line with the full path, the value, the rule and, where one exists,
+the nearest legal name.
+"""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import importlib.util
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ml_collections import ConfigDict
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message is one line, meant for the user."""
+
+
+class FieldError(ValueError):
+    """A broken rule, raised inside a dataclass that does not know its own path."""
+
+
+def require(holds: bool, field: str, value: Any, rule: str) -> None:
+    """Raise ``FieldError`` unless ``holds``; to be called in ``__post_init__``.
+
+    Args:
+        holds: whether the rule is met.
+        field: name of the field, relative to the dataclass.
+        value: what the user gave.
+        rule: what must be true and, after a semicolon, the remedy.
+    """
+    if not holds:
+        raise FieldError(f"{field}={value!r}: {rule}")
+
+
+def near(name: str, legal: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` if a legal name is close, else the list of them."""
+    legal = sorted(legal)
+    match = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]!r}?" if match else f"; one of {', '.join(legal)}"
+
+
+def choose(field: str, name: str, table: Mapping[str, Any]) -> None:
+    """Raise ``FieldError`` unless ``name`` is a key of ``table``."""
+    require(name in table, field, name, f"no such name{near(name, table)}")
+
+
+def convert(kind: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+    """Build the dataclass ``kind`` from nested mappings, checking names and types.
+
+    Raises:
+        ConfigError: for an unknown, missing, mistyped or illegal field.
+    """
+    return _convert(kind, values, path)
+
+
+def override(kind: type, values: dict[str, Any], path: str, text: str) -> None:
+    """Set ``path`` (dotted, relative to the root) in ``values`` to the parsed ``text``.
+
+    The type comes from the dataclass ``kind``, so ``none``, tuples and sections that
+    are absent from the file all work.
+
+    Raises:
+        ConfigError: if the path names no field or the text does not parse.
+    """
+    *sections, leaf = path.split(".")
+    here: Any = kind
+    for depth, name in enumerate(sections):
+        here = _section(here, values, name, ".".join(["config", *sections[:depth]]))
+        if not isinstance(values.get(name), dict):
+            values[name] = {}
+        values = values[name]
+    where = ".".join(["config", *sections])
+    values[leaf] = _parse(
+        _field_type(here, values, leaf, where), text, f"{where}.{leaf}"
+    )
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """Run ``get_config()`` of a config file; nested plain dicts.
+
+    Raises:
+        ConfigError: if there is no such file, it fails, or it returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = [str(f) for f in path.parent.glob("*.py")]
+        raise ConfigError(f"--config={path}: no such file{near(str(path), known)}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"--config={path}: {type(error).__name__}: {error}") from None
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() must return a ConfigDict")
+    return config.to_dict()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Give every field of a dataclass tree, defaults included, as JSON-able values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fingerprint(config: Any) -> str:
+    """Twelve hexadecimal digits that are equal for equal configs only."""
+    text = json.dumps(to_dict(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _options(kind: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(x) for x in typing.get_args(kind))
+    names = [getattr(k, "__name__", str(k)) for k in _options(kind)]
+    return " or ".join("none" if n == "NoneType" else n for n in names)
+
+
+def _member(kind: Any, values: Mapping[str, Any], path: str) -> Any:
+    """The dataclass that a section means: of several, the one its ``kind`` names."""
+    members = [k for k in _options(kind) if dataclasses.is_dataclass(k)]
+    if len(members) < 2:
+        return members[0] if members else None
+    by_kind = {k.__dataclass_fields__["kind"].default: k for k in members}
+    name = values.get("kind", next(iter(by_kind)))
+    if name not in by_kind:
+        raise ConfigError(f"{path}.kind={name!r}: no such kind{near(name, by_kind)}")
+    return by_kind[name]
+
+
+def _field_type(kind: Any, values: Mapping[str, Any], name: str, path: str) -> Any:
+    if typing.get_origin(kind) is dict:
+        return typing.get_args(kind)[1]
+    member = _member(kind, values, path)
+    if member is None:
+        raise ConfigError(f"{path}: not a section, so it has no field {name!r}")
+    hints = typing.get_type_hints(member)
+    if name not in hints:
+        raise ConfigError(f"{path}.{name}: no such field{near(name, hints)}")
+    return hints[name]
+
+
+def _section(kind: Any, values: Mapping[str, Any], name: str, path: str) -> Any:
+    return _field_type(kind, values, name, path)
+
+
+def _parse(kind: Any, text: str, path: str) -> Any:
+    options = _options(kind)
+    if type(None) in options and text.lower() == "none":
+        return None
+    if any(k is str or typing.get_origin(k) is Literal for k in options):
+        return text
+    if bool in options and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        raise ConfigError(f"{path}={text}: expected {_name(kind)}") from None
+
+
+def _convert(kind: Any, value: Any, path: str) -> Any:
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if isinstance(value, Mapping) and typing.get_origin(kind) is not dict:
+        member = _member(kind, value, path)
+        if member is not None:
+            return _convert_section(member, value, path)
+    for option in _options(kind):
+        matched, result = _match(option, value, path)
+        if matched:
+            return result
+    raise ConfigError(f"{path}={value!r}: expected {_name(kind)}")
+
+
+def _convert_section(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    for name in values:
+        if name not in hints:
+            raise ConfigError(f"{path}.{name}: no such field{near(name, hints)}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(
+            f"{path}.{missing[0]}: missing; give it a value of type"
+            f" {_name(hints[missing[0]])}"
+        )
+    fields = {n: _convert(hints[n], v, f"{path}.{n}") for n, v in values.items()}
+    try:
+        return kind(**fields)
+    except FieldError as error:
+        raise ConfigError(f"{path}.{error}") from None
+
+
+def _match(kind: Any, value: Any, path: str) -> tuple[bool, Any]:
+    """Whether ``value`` is a ``kind``, and the value in that type."""
+    origin = typing.get_origin(kind)
+    if origin is Literal:
+        return value in typing.get_args(kind), value
+    if origin is tuple:
+        return _match_tuple(kind, value, path)
+    if origin is dict:
+        item = typing.get_args(kind)[1]
+        if not isinstance(value, Mapping):
+            return False, value
+        return True, {k: _convert(item, v, f"{path}.{k}") for k, v in value.items()}
+    if kind is type(None):
+        return value is None, None
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise ConfigError(f"{path}={value!r}: must be finite")
+        return True, float(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool), value
+    return isinstance(kind, type) and isinstance(value, kind), value
+
+
+def _match_tuple(kind: Any, value: Any, path: str) -> tuple[bool, Any]:
+    """A list or tuple; a single element stands for a tuple of one."""
+    item = typing.get_args(kind)[0]
+    if isinstance(value, Mapping) or value is None:
+        return False, value
+    if not isinstance(value, list | tuple):
+        value = [value]
+    items = [_convert(item, x, f"{path}[{i}]") for i, x in enumerate(value)]
+    return True, tuple(items)

@@ -1,0 +1,28 @@
+"""The world of the tests is strict: no silent promotion, no warning, eight devices."""
+
+import os
+import zlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+hypothesis.settings.register_profile(
+    "tests", derandomize=True, deadline=None, max_examples=20, database=None
+)
+hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture
+def key(request):
+    """A random key of the test's own, the same in every run."""
+    return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
