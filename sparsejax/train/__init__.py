@@ -1,0 +1,1 @@
+"""What a run needs: the step, the optimiser, checkpoints, metrics, the loop."""
