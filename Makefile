@@ -1,0 +1,61 @@
+# Every target makes the environment it needs on first use: no step comes before it.
+#
+#   make train                 train a small model on real text; minutes on a laptop
+#   make test                  format, lint, types, then the tests
+#   make test-slow             the tests that take minutes each
+#   make test-compat PYTHON=3.11   the tests that could differ on an older Python and JAX
+#   make test-aot              compile the kernels for TPU and GPU, without owning one
+#   make bench NAME=...        one benchmark: a table, and a file in results/
+#   make lint                  format, lint, types
+#   make papers                write docs/papers.md again
+#   make setup                 the environment, and nothing else
+#
+# PYTHON=3.12, PYTHON=python3.12 or PYTHON=/a/path chooses the interpreter; otherwise it
+# is the newest that starts. ARGS="..." is handed to pytest or train.py.
+
+SHELL := bash
+PYTHON ?=
+NAME ?=
+ARGS ?=
+JOBS ?= 2
+export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
+
+# What could change with Python or JAX: everything that calls them.
+COMPAT ?= $(filter-out tests/test_house.py tests/test_style.py tests/test_layering.py \
+  tests/test_papers.py, $(wildcard tests/test_*.py)) \
+  $(wildcard tests/pallas_kernels tests/attention tests/moe tests/memory tests/train)
+
+# $(call in,LEVEL) puts the environment's programs first; a failed set-up ends the recipe.
+in = set -e; python=$$(PYTHON='$(PYTHON)' .ci/environment $(1)); bin=$$(dirname $$python)
+pytest = $$python -m pytest -q
+lint = $$bin/ruff format --check .; $$bin/ruff check .; $$bin/pyright --pythonpath $$python
+
+.PHONY: setup train test test-slow test-compat test-aot bench lint papers
+
+setup:
+	@$(call in,test)
+
+train:
+	@$(call in,run); $$python train.py --config=configs/quickstart.py $(ARGS)
+
+test:
+	@$(call in,test); $(lint); $(pytest) -n $(JOBS) $(ARGS)
+
+test-slow:
+	@$(call in,test); $(pytest) -m slow $(ARGS)
+
+test-compat:
+	@$(call in,test); $(pytest) -n $(JOBS) $(COMPAT) $(ARGS)
+
+# One process: two of them would fight for the TPU compiler's lock.
+test-aot:
+	@$(call in,aot); $(pytest) -m aot $(ARGS)
+
+bench:
+	@$(call in,run); $$python -m sparsejax.bench $(NAME)
+
+lint:
+	@$(call in,test); $(lint)
+
+papers:
+	@$(call in,test); $$python -m sparsejax.papers --write
