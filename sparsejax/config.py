@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from ml_collections import ConfigDict
 
@@ -50,7 +50,9 @@ def near(name: str, legal: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` if a legal name is close, else the list of them."""
     legal = sorted(legal)
     match = difflib.get_close_matches(name, legal, n=1, cutoff=0.5)
-    return f"; did you mean {match[0]!r}?" if match else f"; one of {', '.join(legal)}"
+    if match:
+        return f"; did you mean {match[0]!r}?"
+    return f"; one of {', '.join(legal)}" if legal else ""
 
 
 def choose(field: str, name: str, table: Mapping[str, Any]) -> None:
@@ -58,7 +60,9 @@ def choose(field: str, name: str, table: Mapping[str, Any]) -> None:
     require(name in table, field, name, f"no such name{near(name, table)}")
 
 
-def convert(kind: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+def convert(
+    kind: type[T], values: Mapping[str, Any] | ConfigDict, path: str = "config"
+) -> T:
     """Build the dataclass ``kind`` from nested mappings, checking names and types.
 
     Raises:
@@ -78,12 +82,14 @@ def override(kind: type, values: dict[str, Any], path: str, text: str) -> None:
     """
     *sections, leaf = path.split(".")
     here: Any = kind
-    for depth, name in enumerate(sections):
-        here = _section(here, values, name, ".".join(["config", *sections[:depth]]))
-        if not isinstance(values.get(name), dict):
-            values[name] = {}
-        values = values[name]
-    where = ".".join(["config", *sections])
+    where = "config"
+    for name in sections:
+        section = _field_type(here, values, name, where)
+        if values.get(name) is None:
+            values[name] = _default_section(here, values, name, where)
+        here, values, where = section, values[name], f"{where}.{name}"
+        if not isinstance(values, dict):
+            raise ConfigError(f"{where}={values!r}: not a section")
     values[leaf] = _parse(
         _field_type(here, values, leaf, where), text, f"{where}.{leaf}"
     )
@@ -100,18 +106,20 @@ def read(path: str | Path) -> dict[str, Any]:
         known = [str(f) for f in path.parent.glob("*.py")]
         raise ConfigError(f"--config={path}: no such file{near(str(path), known)}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config={path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
+        values = config.to_dict() if isinstance(config, ConfigDict) else None
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"--config={path}: {type(error).__name__}: {error}") from None
-    if not isinstance(config, ConfigDict):
+    if values is None:
         raise ConfigError(f"--config={path}: get_config() must return a ConfigDict")
-    return config.to_dict()
+    return values
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -126,63 +134,88 @@ def fingerprint(config: Any) -> str:
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    return typing.get_args(kind) if union else (kind,)
+    union = get_origin(kind) in (types.UnionType, typing.Union)
+    return get_args(kind) if union else (kind,)
 
 
 def _name(kind: Any) -> str:
-    if typing.get_origin(kind) is Literal:
-        return " or ".join(repr(x) for x in typing.get_args(kind))
+    if get_origin(kind) is Literal:
+        return " or ".join(repr(x) for x in get_args(kind))
     names = [getattr(k, "__name__", str(k)) for k in _options(kind)]
     return " or ".join("none" if n == "NoneType" else n for n in names)
 
 
 def _member(kind: Any, values: Mapping[str, Any], path: str) -> Any:
     """The dataclass that a section means: of several, the one its ``kind`` names."""
-    members = [k for k in _options(kind) if dataclasses.is_dataclass(k)]
+    members: list[Any] = [k for k in _options(kind) if dataclasses.is_dataclass(k)]
     if len(members) < 2:
         return members[0] if members else None
     by_kind = {k.__dataclass_fields__["kind"].default: k for k in members}
     name = values.get("kind", next(iter(by_kind)))
-    if name not in by_kind:
-        raise ConfigError(f"{path}.kind={name!r}: no such kind{near(name, by_kind)}")
+    if not isinstance(name, str) or name not in by_kind:
+        hint = near(str(name), by_kind)
+        raise ConfigError(f"{path}.kind={name!r}: no such kind{hint}")
     return by_kind[name]
 
 
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of the fields that a caller may set."""
+    hints = typing.get_type_hints(kind)
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind) if f.init}
+
+
 def _field_type(kind: Any, values: Mapping[str, Any], name: str, path: str) -> Any:
-    if typing.get_origin(kind) is dict:
-        return typing.get_args(kind)[1]
+    for option in _options(kind):
+        if get_origin(option) is dict:
+            return get_args(option)[1]
     member = _member(kind, values, path)
     if member is None:
         raise ConfigError(f"{path}: not a section, so it has no field {name!r}")
-    hints = typing.get_type_hints(member)
+    hints = _hints(member)
     if name not in hints:
         raise ConfigError(f"{path}.{name}: no such field{near(name, hints)}")
     return hints[name]
 
 
-def _section(kind: Any, values: Mapping[str, Any], name: str, path: str) -> Any:
-    return _field_type(kind, values, name, path)
+def _default_section(
+    kind: Any, values: Mapping[str, Any], name: str, path: str
+) -> dict[str, Any]:
+    """What a section that the file leaves out would be, as a dict to change."""
+    member = _member(kind, values, path)
+    field = member.__dataclass_fields__[name] if member else None
+    if field is None or name in values:
+        return {}
+    made = field.default_factory is not dataclasses.MISSING
+    default: Any = field.default_factory() if made else field.default
+    if not dataclasses.is_dataclass(default) or isinstance(default, type):
+        return {}
+    return dataclasses.asdict(default)
 
 
 def _parse(kind: Any, text: str, path: str) -> Any:
     options = _options(kind)
     if type(None) in options and text.lower() == "none":
         return None
-    if any(k is str or typing.get_origin(k) is Literal for k in options):
-        return text
     if bool in options and text.lower() in ("true", "false"):
         return text.lower() == "true"
+    literals = [x for k in options if get_origin(k) is Literal for x in get_args(k)]
+    if str in options or literals:
+        # A wrong name is left as it is: converting it lists the right ones.
+        return next((x for x in literals if str(x) == text), text)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    names = [get_args(k)[0] for k in options if get_origin(k) is tuple]
+    if not names:
         raise ConfigError(f"{path}={text}: expected {_name(kind)}") from None
+    return tuple(_parse(names[0], part.strip(), path) for part in text.split(","))
 
 
 def _convert(kind: Any, value: Any, path: str) -> Any:
     if isinstance(value, ConfigDict):
         value = value.to_dict()
-    if isinstance(value, Mapping) and typing.get_origin(kind) is not dict:
+    if isinstance(value, Mapping) and get_origin(kind) is not dict:
         member = _member(kind, value, path)
         if member is not None:
             return _convert_section(member, value, path)
@@ -194,7 +227,7 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
 
 
 def _convert_section(kind: type, values: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     for name in values:
         if name not in hints:
             raise ConfigError(f"{path}.{name}: no such field{near(name, hints)}")
@@ -219,33 +252,51 @@ def _convert_section(kind: type, values: Mapping[str, Any], path: str) -> Any:
 
 def _match(kind: Any, value: Any, path: str) -> tuple[bool, Any]:
     """Whether ``value`` is a ``kind``, and the value in that type."""
-    origin = typing.get_origin(kind)
+    origin = get_origin(kind)
     if origin is Literal:
-        return value in typing.get_args(kind), value
+        return any(x == value and type(x) is type(value) for x in get_args(kind)), value
     if origin is tuple:
         return _match_tuple(kind, value, path)
     if origin is dict:
-        item = typing.get_args(kind)[1]
-        if not isinstance(value, Mapping):
-            return False, value
-        return True, {k: _convert(item, v, f"{path}.{k}") for k, v in value.items()}
-    if kind is type(None):
-        return value is None, None
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if not math.isfinite(value):
-            raise ConfigError(f"{path}={value!r}: must be finite")
-        return True, float(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool), value
+        return _match_dict(kind, value, path)
+    if kind in (int, float) and isinstance(value, int | float):
+        return _match_number(kind, value, path)
     return isinstance(kind, type) and isinstance(value, kind), value
+
+
+def _match_number(kind: Any, value: int | float, path: str) -> tuple[bool, Any]:
+    """An int is a float, a bool is neither."""
+    if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        return False, value
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:
+        finite = kind is int
+    if not finite:
+        raise ConfigError(f"{path}={value!r}: must be finite")
+    return True, kind(value)
+
+
+def _match_dict(kind: Any, value: Any, path: str) -> tuple[bool, Any]:
+    if not isinstance(value, Mapping):
+        return False, value
+    item = get_args(kind)[1]
+    return True, {k: _convert(item, v, f"{path}.{k}") for k, v in value.items()}
 
 
 def _match_tuple(kind: Any, value: Any, path: str) -> tuple[bool, Any]:
     """A list or tuple; a single element stands for a tuple of one."""
-    item = typing.get_args(kind)[0]
+    kinds = get_args(kind)
     if isinstance(value, Mapping) or value is None:
         return False, value
     if not isinstance(value, list | tuple):
         value = [value]
-    items = [_convert(item, x, f"{path}[{i}]") for i, x in enumerate(value)]
+    if kinds[-1] is Ellipsis:
+        kinds = kinds[:1] * len(value)
+    if len(kinds) != len(value):
+        raise ConfigError(f"{path}={value!r}: expected {len(kinds)} values")
+    items = [
+        _convert(k, x, f"{path}[{i}]")
+        for i, (k, x) in enumerate(zip(kinds, value, strict=True))
+    ]
     return True, tuple(items)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.tree_util import GetAttrKey
 
 from sparsejax.typing import PyTree
 
@@ -18,11 +19,12 @@ def _is_variable(leaf: Any) -> bool:
 
 
 def path_name(path: tuple[Any, ...]) -> str:
-    """Spell a JAX key path; the ``value`` inside an ``nnx.Variable`` is left out."""
-    parts = [
-        str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path
-    ]
-    return "/".join(p for p in parts if p != "value")
+    """Spell a JAX key path; the inside of an ``nnx.Variable`` adds no name to it."""
+    inside = len(path) > 1 and path[-1] == GetAttrKey("value")
+    keys = path[:-1] if inside else path
+    return "/".join(
+        str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys
+    )
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:
