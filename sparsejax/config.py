@@ -199,13 +199,14 @@ def _parse(kind: Any, text: str, path: str) -> Any:
     if bool in options and text.lower() in ("true", "false"):
         return text.lower() == "true"
     literals = [x for k in options if get_origin(k) is Literal for x in get_args(k)]
-    if str in options or literals:
+    if literals or set(options) <= {str, type(None)}:
         # A wrong name is left as it is: converting it lists the right ones.
         return next((x for x in literals if str(x) == text), text)
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass
+        if str in options:
+            return text
     names = [get_args(k)[0] for k in options if get_origin(k) is tuple]
     if not names:
         raise ConfigError(f"{path}={text}: expected {_name(kind)}") from None

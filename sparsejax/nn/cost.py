@@ -1,0 +1,143 @@
+"""What a model costs: separate, honest numbers for parameters and FLOPs.
+
+A parameter is *active* if a token uses it. A multiply-add is two FLOPs. Useful FLOPs
+leave out what masks make zero and whatever the backward pass computes again; they are
+what the method needs, not what a machine happens to execute.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from sparsejax.attention import PATTERNS, BlockMask
+from sparsejax.nn.config import LayerSpec, ModelConfig
+from sparsejax.tree import leaves, variables
+from sparsejax.typing import PyTree
+
+__all__ = ["Cost", "attention_masks", "cost"]
+
+
+class Cost(NamedTuple):
+    """Parameters of a model, and FLOPs of one token's training step."""
+
+    total: int
+    active: float  # parameters that a token uses
+    nonzero: int
+    nonzero_active: float
+    useful_flops: float  # forward and backward, a token
+    attention_density: float  # live query-key pairs over causal ones, mean over layers
+
+
+def attention_masks(config: ModelConfig, length: int) -> dict[str, BlockMask]:
+    """Build each different attention mask of a model, named after its layers."""
+    found: list[tuple[list[int], LayerSpec]] = []
+    for index in range(config.depth):
+        spec = config.layer(index)
+        for layers, other in found:
+            if other.attention == spec.attention:
+                layers.append(index)
+                break
+        else:
+            found.append(([index], spec))
+    return {
+        f"{spec.attention.pattern}, layers {', '.join(map(str, layers))}": _mask(
+            spec, length
+        )
+        for layers, spec in found
+    }
+
+
+def _mask(spec: LayerSpec, length: int) -> BlockMask:
+    attention = spec.attention
+    return BlockMask.from_pattern(
+        PATTERNS[attention.pattern](**attention.arguments),
+        q_len=length,
+        kv_len=length,
+        block_q=attention.block_q,
+        block_kv=attention.block_kv,
+    )
+
+
+def live_pairs(mask: BlockMask) -> int:
+    """Count the query-key pairs that a mask of one batch row and one head admits."""
+    count, full = (np.asarray(x)[0, 0] for x in (mask.count, mask.full))
+    ids = np.asarray(mask.ids)[0, 0]
+    pattern = mask.pattern
+    if pattern is None:
+        raise ValueError("live_pairs counts masks that were built from a pattern")
+    pairs = int(full.sum()) * mask.block_q * mask.block_kv
+    q, k = np.arange(mask.block_q)[:, None], np.arange(mask.block_kv)[None]
+    for row, (of, first, last) in enumerate(zip(ids, full, count, strict=True)):
+        i = q + row * mask.block_q
+        for block in of[first:last]:
+            j = k + int(block) * mask.block_kv
+            real = (i < mask.q_len) & (j < mask.kv_len)
+            pairs += int(np.sum(np.asarray(pattern(i, j)) & real))
+    return pairs
+
+
+def _active_share(axes: str, spec: LayerSpec) -> float:
+    """Give the share of a parameter that one token uses, from its letters."""
+    letters, config = axes.split(), spec.feed_forward
+    if "e" in letters and len(letters) > 3:  # l e d f: experts, not their router
+        return config.per_token / config.experts
+    if "m" in letters:
+        return config.active_rows / config.slots
+    return 1.0
+
+
+def cost(
+    config: ModelConfig, params: PyTree, *, length: int, masks: PyTree = None
+) -> Cost:
+    """Count parameters and FLOPs.
+
+    Args:
+        config: the model's.
+        params: its parameters, or their shapes; with ``axes`` letters.
+        length: tokens of a sequence.
+        masks: by path, for parameters that have one.
+    """
+    live = {path: float(np.mean(np.asarray(x))) for path, x in leaves(masks).items()}
+    total, nonzero, active, useful = 0, 0.0, 0.0, 0.0
+    for path, variable in variables(params).items():
+        size = int(np.prod(variable.get_value().shape))
+        share = _active_share(variable.axes, _spec_at(config, path))
+        if path == "embedding" and not config.tied:
+            share = 1 / variable.get_value().shape[0]  # one row is looked up
+        total += size
+        nonzero += size * live.get(path, 1.0)
+        active += size * share
+        useful += size * share * live.get(path, 1.0)
+    causal = length * (length + 1) // 2
+    pairs = [live_pairs(_mask(config.layer(x), length)) for x in range(config.depth)]
+    width = config.attention.head_width or config.width // config.heads
+    attention = 4 * config.heads * width * sum(pairs) / length
+    return Cost(
+        total=total,
+        active=active,
+        nonzero=round(nonzero),
+        nonzero_active=useful,
+        useful_flops=3 * (2 * useful + attention),
+        attention_density=float(np.mean(pairs)) / causal,
+    )
+
+
+def _spec_at(config: ModelConfig, path: str) -> LayerSpec:
+    """Find the layer that a path such as ``stacks/0/blocks/1/moe/up`` belongs to."""
+    from sparsejax.nn.config import runs
+
+    parts = path.split("/")
+    if parts[0] != "stacks":
+        return config.layer(0)
+    return runs(config)[int(parts[1])].period[int(parts[3])]
+
+
+def peak_bytes() -> int | None:
+    """Give the most memory the process has held, on its device if that can tell."""
+    statistics = jax.local_devices()[0].memory_stats()
+    if statistics:
+        return statistics.get("peak_bytes_in_use")
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,69 @@
+"""Continue token sequences with a key-value cache; pure and jittable."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.nn.transformer import Transformer
+from sparsejax.typing import Array, Float, Int, PRNGKeyArray, PyTree
+
+
+def nucleus(logits: Float[Array, "b v"], *, top_p: float) -> Float[Array, "b v"]:
+    """Keep the fewest tokens whose probability reaches ``top_p``; the rest is -inf.
+
+    Source: Holtzman et al. 2019, arXiv:1904.09751, Sec. 3.1.
+    """
+    best = -jnp.sort(-logits, axis=-1)
+    probability = jax.nn.softmax(best, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)  # at least the best one
+    threshold = jnp.take_along_axis(best, kept - 1, axis=-1)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
+
+
+def draw(
+    logits: Float[Array, "b v"], key: PRNGKeyArray, *, temperature: float, top_p: float
+) -> Int[Array, " b"]:
+    """Draw the next tokens; temperature 0 takes the most likely."""
+    if temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    kept = nucleus(logits / temperature, top_p=top_p)
+    return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
+
+
+def generate(
+    model: Transformer,
+    prompt: Int[Array, "b t"],
+    *,
+    tokens: int,
+    key: PRNGKeyArray,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+) -> Int[Array, "b k"]:
+    """Continue every prompt by ``tokens`` tokens.
+
+    Raises:
+        ValueError: if temperature is negative or top_p is not in (0, 1].
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}: temperature must not be"
+            " negative and top_p must be in (0, 1]"
+        )
+    pick = functools.partial(draw, temperature=temperature, top_p=top_p)
+    block = model.config.attention.block_kv
+    capacity = -(-(prompt.shape[1] + tokens) // block) * block
+    hidden = model(prompt, caches=model.empty_caches(prompt.shape[0], capacity))
+    last = model.logits(hidden.value[:, -1:])[:, 0]
+
+    def body(carry: tuple[Array, PyTree], key: Array) -> Any:
+        logits, caches = carry
+        token = pick(logits, key)
+        hidden = model(token[:, None], caches=caches)
+        return (model.logits(hidden.value)[:, 0], hidden.caches), token
+
+    keys = jax.random.split(key, tokens)
+    _, chosen = jax.lax.scan(body, (last, hidden.caches), keys)
+    return chosen.T

@@ -1,0 +1,87 @@
+"""Equal layers as one scan: compiled once, however deep the model is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from sparsejax.nn.blocks import Block
+from sparsejax.nn.config import ModelConfig, Run
+from sparsejax.partition import ACTIVATIONS, constrain
+from sparsejax.typing import Array, Float, Output, PyTree
+
+policies = jax.checkpoint_policies
+POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": policies.nothing_saveable,
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "names": policies.save_only_these_names("attended", "routed", "looked_up"),
+}
+
+
+def remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Apply the policy ``name`` to the body of a scan; ``none`` keeps everything."""
+    if name not in POLICIES:
+        return body
+    # The scan keeps XLA from merging the two passes, so no barrier is needed.
+    return jax.checkpoint(body, policy=POLICIES[name], prevent_cse=False)
+
+
+def _stacked(spec: Any, config: ModelConfig, keys: Array) -> Block:
+    """A block whose every parameter has a leading axis ``l``, one slice per key."""
+
+    def build(key: Array) -> Block:
+        return Block(spec, config, rngs=nnx.Rngs(key))
+
+    graph = nnx.graphdef(nnx.eval_shape(lambda: build(keys[0])))
+    state = jax.vmap(lambda key: nnx.state(build(key)))(keys)
+    lift = lambda x: x.replace(x.get_value(), axes=f"l {x.axes}".strip())  # noqa: E731
+    state = jax.tree.map(lift, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    return nnx.merge(graph, state)
+
+
+def _gathered(state: PyTree) -> PyTree:
+    """One layer's parameters, whole along ``fsdp``: gathered here, freed after use."""
+
+    def gather(x: nnx.Variable) -> nnx.Variable:
+        axes = x.axes.removeprefix("l").strip()
+        rules = ACTIVATIONS if len(axes.split()) > 1 else {}
+        return x.replace(constrain(x.get_value(), axes, rules))
+
+    return jax.tree.map(gather, state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+class Stack(nnx.Module):
+    """``repeats`` copies of a period of blocks, run one after the other."""
+
+    def __init__(self, run: Run, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.remat = config.remat
+        keys = jax.random.split(rngs.params(), (len(run.period), run.repeats))
+        self.blocks = nnx.List(
+            _stacked(spec, config, key)
+            for spec, key in zip(run.period, keys, strict=True)
+        )
+
+    def __call__(
+        self, x: Float[Array, "b t d"], caches: PyTree, context: dict[str, Any]
+    ) -> tuple[Float[Array, "b t d"], list[Output], PyTree]:
+        """Return the value, each member's losses and metrics, and the filled caches.
+
+        Losses and metrics have a leading axis over the repeats; the outputs' values are
+        left out.
+        """
+        graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
+
+        def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
+            states, caches = layer
+            asides, filled = [], []
+            for graph, state, cache in zip(graphs, states, caches, strict=True):
+                block = nnx.merge(graph, _gathered(state))
+                output, cache = block(x, cache=cache, **context)
+                x = output.value
+                asides.append((output.losses, output.metrics))
+                filled.append(cache)
+            return x, (asides, filled)
+
+        x, (asides, filled) = jax.lax.scan(remat(body, self.remat), x, (states, caches))
+        return x, asides, filled

@@ -1,0 +1,96 @@
+"""Read compiled programs: how many bytes each kind of collective moves."""
+
+import re
+from collections import Counter, defaultdict
+from typing import NamedTuple
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "tf32": 32, "s4": 4, "u4": 4}
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?%?([\w.\-]+)")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_TRIPS = re.compile(r'known_trip_count[^}]*"n":"(\d+)"')
+_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+
+
+class _Computation(NamedTuple):
+    moved: Counter  # kind → bytes, of its own instructions
+    calls: list[tuple[str, int]]  # computation → how often
+    constants: list[int]
+
+
+def _bytes(text: str) -> int:
+    """Give the size of the largest array in a result's type."""
+
+    def size(dtype: str, shape: str) -> int:
+        digits = re.search(r"\d+", dtype)
+        bits = BITS.get(dtype, int(digits[0]) if digits else 32)
+        count = 1
+        for extent in filter(None, shape.split(",")):
+            count *= int(extent)
+        return count * bits // 8
+
+    return max((size(*array) for array in _ARRAY.findall(text)), default=0)
+
+
+def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
+    computations: dict[str, _Computation] = defaultdict(
+        lambda: _Computation(Counter(), [], [])
+    )
+    entry = name = ""
+    trips: list[tuple[str, str, str, str]] = []
+    for line in text.splitlines():
+        opening = _COMPUTATION.match(line)
+        if opening:
+            name = opening[2]
+            entry = name if opening[1] else entry
+            continue
+        here = computations[name]
+        here.constants.extend(int(x) for x in _CONSTANT.findall(line))
+        loop = _WHILE.search(line)
+        if loop:
+            trips.append((name, *loop.groups(), line))
+            continue
+        found = _COLLECTIVE.search(line)
+        if found:
+            result = line[: found.start()].partition("=")[2]
+            here.moved[found[1]] += _bytes(result)
+        here.calls.extend((callee, 1) for callee in _CALLED.findall(line))
+    for caller, condition, body, line in trips:
+        known = _TRIPS.search(line)
+        bound = max(computations[condition].constants, default=1)
+        count = int(known[1]) if known else bound
+        computations[caller].calls.append((body, count))
+    return entry, computations
+
+
+def collective_bytes(text: str) -> dict[str, int]:
+    """Sum, by kind, the bytes of collectives' results on one chip in one execution.
+
+    Loops count as often as they run; a loop whose bound is not a constant counts once.
+
+    Args:
+        text: of a compiled module, ``compiled.as_text()``.
+    """
+    entry, computations = _parse(text)
+
+    def total(name: str) -> Counter:
+        here = computations[name]
+        moved = Counter(here.moved)
+        for callee, count in here.calls:
+            if callee in computations:
+                for kind, size in total(callee).items():
+                    moved[kind] += count * size
+        return moved
+
+    return dict(total(entry))

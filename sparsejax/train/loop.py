@@ -1,0 +1,283 @@
+"""The loop: reads batches, takes steps, and writes down what happened.
+
+No mathematics lives here, and no I/O in the step. ``train`` is what ``train.py`` calls.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sparsejax.config import ConfigError, fingerprint, to_dict
+from sparsejax.data import Batch, Data, merge_states, open_data
+from sparsejax.partition import BATCH
+from sparsejax.sharding.mesh import check_divisible, make_mesh, shardings
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.config import FREE, Config
+from sparsejax.train.distributed import Process, gather_json, global_batch
+from sparsejax.train.metrics import MetricsLog, Profiler, Progress
+from sparsejax.train.report import finish
+from sparsejax.train.step import State, Step, compiled, statistics
+from sparsejax.train.workdir import disk_guard, open_workdir
+
+__all__ = ["NonFiniteError", "Trainer", "train"]
+
+
+class NonFiniteError(RuntimeError):
+    """Training produced a number that is not finite."""
+
+
+class Share(NamedTuple):
+    """Which of how many equal parts of every batch a process reads."""
+
+    index: int
+    count: int
+
+
+def batch_share(sharding: NamedSharding, rows: int) -> Share:
+    """Find the rows that this process's devices hold of a batch of ``rows``."""
+    own = sharding.addressable_devices_indices_map((rows,)).values()
+    bounds = {index[0].indices(rows)[:2] for index in own if index is not None}
+    first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    return Share(first // (last - first), rows // (last - first))
+
+
+class Trainer:
+    """A config brought to devices: compiled functions, their shardings, the data."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self.config = config
+        rows = config.data.batch_size // config.optim.accumulate
+        pieces = int(np.prod([mesh.shape[name] for name in BATCH]))
+        if rows % pieces:
+            raise ConfigError(
+                f"config.data.batch_size={config.data.batch_size}: a micro-batch of"
+                f" {rows} rows must be divisible by the mesh's data × fsdp × expert"
+                f" = {pieces}"
+            )
+        if config.data.seq_len % mesh.shape["context"]:
+            raise ConfigError(
+                f"config.mesh.context={mesh.shape['context']}: must divide"
+                f" data.seq_len={config.data.seq_len}"
+            )
+        self.rows = NamedSharding(mesh, PartitionSpec(BATCH))
+        share = batch_share(self.rows, config.data.batch_size)
+        self.data: Data = open_data(
+            config.data,
+            seed=config.seed,
+            process_index=share.index,
+            process_count=share.count,
+        )
+        tokenizer = self.data.tokenizer
+        self.step = Step(config, tokenizer.vocab_size, tokenizer.token_bytes)
+        self.key = jax.random.key(config.seed)
+        abstract = jax.eval_shape(self.step.init, self.key)
+        check_divisible(abstract.params, mesh)
+        self.shardings = shardings(abstract, mesh)
+        self.abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            abstract,
+            self.shardings,
+        )
+        whole = NamedSharding(mesh, PartitionSpec())
+        self._init, self._train, self._evaluate = compiled(
+            self.step, self.shardings, self.rows, whole
+        )
+
+    def init(self) -> State:
+        """Draw a fresh state, each device its own piece."""
+        return self._init(self.key)
+
+    def take_step(self, state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
+        """Take one step on this process's rows; ``state`` is used up."""
+        return self._train(state, global_batch(batch, self.rows))
+
+    def evaluate(self, state: State) -> dict[str, float]:
+        """Give loss (nats a token) and bits per byte of the held-out documents."""
+        total = np.zeros(4)
+        for batch in self.data.evaluation(self.config.train.eval_batches):
+            sums = self._evaluate(state, global_batch(batch, self.rows))
+            total += np.array([float(x) for x in sums])
+        nll, _, tokens, size = total
+        return {
+            "eval/loss": nll / tokens,
+            "eval/bits_per_byte": nll / (np.log(2) * size),
+        }
+
+
+def check_finite(state: State, metrics: dict[str, Any]) -> None:
+    """Refuse to go on with a state that has met a number that is not finite.
+
+    Raises:
+        NonFiniteError: naming the step and the statistic that went first.
+    """
+    step, index = np.asarray(state.fault).tolist()
+    if step >= 0:
+        name = statistics(metrics)[index]
+        raise NonFiniteError(
+            f"step {step}: {name} is not finite (it went first); stopped, and the last"
+            " good checkpoint is kept; lower optim.learning_rate or set optim.clip"
+        )
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """SIGTERM asks for a clean end; the answer is read between steps."""
+    asked: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Loop:
+    """One run from where its workdir stands to its last step."""
+
+    def __init__(
+        self, trainer: Trainer, workdir: Path, process: Process, profile: str | None
+    ) -> None:
+        self.trainer, self.workdir, self.process = trainer, workdir, process
+        self.config = trainer.config
+        every = self.config.train
+        self.progress = Progress(every.steps, active=process.index == 0)
+        self.checkpoints = Checkpoints(
+            workdir / "checkpoints",
+            keep=every.keep,
+            keep_best=every.keep_best,
+            report=self.progress.report,
+        )
+        self.profiler = Profiler(profile, workdir / "profile")
+        self.last_eval: dict[str, float] = {}
+        self.began = time.monotonic()
+
+    def start(self) -> State:
+        """Take up the newest whole checkpoint, or begin."""
+        found = self.checkpoints.restore(self.trainer.abstract)
+        step = None
+        if found is None:
+            state = self.trainer.init()
+        else:
+            state, step = found.state, found.step
+            self.trainer.data.train.restore(found.data)
+            self.progress.report(f"resumed from the checkpoint of step {step}")
+        self.log = MetricsLog(
+            self.workdir, resume_step=step, active=self.process.index == 0
+        )
+        return state
+
+    def run(self, state: State, stopping: Callable[[], bool]) -> tuple[State, bool]:
+        """Take all remaining steps; say whether the run came to its end."""
+        every = self.config.train
+        step, metrics = int(state.step), {}
+        self.progress.start(step)
+        while step < every.steps:
+            step += 1
+            self.profiler.at(step)
+            state, metrics = self.trainer.take_step(
+                state, next(self.trainer.data.train)
+            )
+            last = step == every.steps
+            if step % every.log_every == 0 or last:
+                self._log(step, state, metrics, last)
+            stop = self._agreed(step, stopping)
+            if step % every.save_every == 0 or last or stop:
+                check_finite(state, metrics)
+                self._save(step, state)
+            self.progress.update(step)
+            if stop and not last:
+                self.progress.report(f"asked to stop: saved step {step}")
+                return state, False
+        self.profiler.close()
+        return state, True
+
+    def close(self) -> None:
+        """Let go of files and threads; errors of a pending save come out here."""
+        self.trainer.data.train.close()
+        self.progress.close()
+        self.checkpoints.close()
+        if hasattr(self, "log"):
+            self.log.close()
+
+    def _agreed(self, step: int, stopping: Callable[[], bool]) -> bool:
+        """Whether any process was asked to stop; all hear it at the same step."""
+        if self.process.count == 1:
+            return stopping()
+        if step % self.config.train.log_every:
+            return False
+        return any(said["stop"] for said in gather_json({"stop": stopping()}))
+
+    def _log(self, step: int, state: State, metrics: dict, last: bool) -> None:
+        check_finite(state, metrics)
+        data = self.config.data
+        values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
+        values["tokens"] = step * data.batch_size * data.seq_len
+        if step % self.config.train.eval_every == 0 or last:
+            self.last_eval = self.trainer.evaluate(state)
+            values |= self.last_eval
+        values["seconds"] = time.monotonic() - self.began
+        self.log.write(step, values)
+        self.progress.show(values)
+
+    def _save(self, step: int, state: State) -> None:
+        positions = gather_json(self.trainer.data.train.state())
+        self.checkpoints.save(
+            step,
+            state,
+            data=merge_states(positions),
+            config=to_dict(self.config),
+            loss=self.last_eval.get("eval/loss"),
+        )
+
+
+def train(
+    config: Config,
+    workdir: str | Path,
+    *,
+    profile: str | None = None,
+    process: Process | None = None,
+) -> dict[str, Any]:
+    """Train to the end, from wherever the workdir stands, and return the summary.
+
+    A run that is asked to stop (SIGTERM) saves, and returns a summary with
+    ``finished`` false.
+
+    Raises:
+        ConfigError: if this config cannot run on these devices, with this data, or in
+            this workdir.
+        NonFiniteError: if the loss or a norm stopped being finite.
+    """
+    process = process or Process(jax.process_index(), jax.process_count())
+    mesh = make_mesh(config.mesh)
+    home = open_workdir(
+        workdir,
+        to_dict(config),
+        fingerprint(config),
+        free=FREE,
+        active=process.index == 0,
+    )
+    with home, jax.set_mesh(mesh), disk_guard(home.path), _stop_signal() as stopping:
+        loop = _Loop(Trainer(config, mesh), home.path, process, profile)
+        try:
+            state, finished = loop.run(loop.start(), stopping)
+            loop.checkpoints.wait()
+            summary = loop.last_eval | {"finished": finished}
+            if finished:
+                summary |= finish(loop.trainer, state, home.path, process)
+            return summary
+        finally:
+            loop.close()
+
+
+def with_steps(config: Config, steps: int) -> Config:
+    """Shorten a config, for a test or a look."""
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, steps=steps)
+    )

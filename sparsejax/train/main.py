@@ -1,0 +1,89 @@
+"""The command line of ``train.py``: flags, a config, and then a run or an AOT report."""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparsejax.config import ConfigError, convert, fingerprint, override, read
+
+OVERRIDE = re.compile(r"--config\.([\w.]+?)(?:=(.*))?")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the flags; any ``--config.path=value`` is an override besides."""
+    flags = argparse.ArgumentParser(
+        prog="train.py",
+        allow_abbrev=False,
+        description="Train a model, or compile its step for hardware that is not there.",
+        epilog="Any field of the config is a flag: --config.model.depth=8.",
+    )
+    flags.add_argument("--config", required=True, help="a file with get_config()")
+    flags.add_argument(
+        "--workdir", help="where the run lives (default: runs/CONFIG-FINGERPRINT)"
+    )
+    flags.add_argument("--profile", metavar="START:STOP", help="trace these steps")
+    flags.add_argument(
+        "--aot", metavar="TARGET", help="compile only: tpu:v5p:8x8x8, gpu:h200, …"
+    )
+    flags.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0")
+    flags.add_argument("--processes", type=int, help="how many there are")
+    flags.add_argument("--process_id", type=int, help="which of them this is")
+    return flags
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
+    """Read the flags and the config, overrides applied.
+
+    Raises:
+        ConfigError: if the config, an override or a flag is not legal.
+    """
+    from sparsejax.train.config import Config
+
+    known, rest = parser().parse_known_args(argv)
+    values = read(known.config)
+    rest = iter(rest)
+    for flag in rest:
+        match = OVERRIDE.fullmatch(flag)
+        if match is None:
+            raise ConfigError(f"{flag}: no such flag; see --help")
+        path, text = match.groups()
+        if text is None:
+            text = next(rest, None)
+        if text is None:
+            raise ConfigError(f"{flag}: needs a value, {flag}=…")
+        override(Config, values, path, text)
+    return known, convert(Config, values)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; 0 if the job was done, 1 if it failed, 2 if it could not begin."""
+    try:
+        flags, config = parse(sys.argv[1:] if argv is None else argv)
+        return _main(flags, config)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _main(flags: argparse.Namespace, config: Any) -> int:
+    if flags.aot is not None:
+        from sparsejax.train.aot import report
+
+        return report(config, flags.aot)
+    from sparsejax.train.distributed import initialize
+    from sparsejax.train.loop import NonFiniteError, train
+    from sparsejax.train.workdir import format_summary
+
+    process = initialize(flags.coordinator, flags.processes, flags.process_id)
+    name = f"{Path(flags.config).stem}-{fingerprint(config)[:8]}"
+    workdir = flags.workdir or Path("runs") / name
+    try:
+        summary = train(config, workdir, profile=flags.profile, process=process)
+    except NonFiniteError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    if process.index == 0:
+        sys.stdout.write(format_summary(summary) + "\n")
+    return 0

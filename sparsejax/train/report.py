@@ -1,0 +1,62 @@
+"""How a run ends: a summary, a text sample, the plots."""
+
+import functools
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from sparsejax import masked
+from sparsejax.nn import Transformer
+from sparsejax.nn.cost import attention_masks, cost, peak_bytes
+from sparsejax.nn.generate import generate
+from sparsejax.train.config import Config
+from sparsejax.train.plots import write_plots
+from sparsejax.train.step import State
+from sparsejax.train.workdir import write_summary
+
+
+def sample_text(
+    model: Transformer, tokenizer: Any, prompt: str, *, seed: int = 0, **options: Any
+) -> str:
+    """Return the prompt and its continuation; ``options`` are those of ``generate``."""
+    ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
+    draw = functools.partial(generate, key=jax.random.key(seed), **options)
+    return prompt + tokenizer.decode(np.asarray(jax.jit(draw)(model, ids[None]))[0])
+
+
+def costs(config: Config, state: State) -> dict[str, Any]:
+    """Count parameters and useful FLOPs of a trained state, masks included."""
+    masks = masked.masks_of(state.opt) if config.masked is not None else {}
+    counted = cost(
+        config.model, state.params, length=config.data.seq_len, masks=masks
+    )
+    return {
+        "parameters_total": counted.total,
+        "parameters_active": round(counted.active),
+        "parameters_nonzero": counted.nonzero,
+        "parameters_nonzero_active": round(counted.nonzero_active),
+        "useful_flops_per_token": round(counted.useful_flops),
+        "attention_density": counted.attention_density,
+    }
+
+
+def picture(config: Config) -> dict[str, np.ndarray]:
+    """Draw each attention mask by blocks: 0 dead, 1 partial, 2 full."""
+    return {
+        name: np.asarray(mask.kinds())[0, 0]
+        for name, mask in attention_masks(config.model, config.data.seq_len).items()
+    }
+
+
+def finish(
+    config: Config, state: State, workdir: Path, results: dict[str, Any]
+) -> dict[str, Any]:
+    """Write ``summary.json`` and the plots; return the summary."""
+    summary = results | costs(config, state) | {"peak_memory_bytes": peak_bytes()}
+    summary["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_summary(workdir, summary)
+    paths = write_plots(workdir, picture(config))
+    return summary | {"plots": [str(path) for path in paths]}

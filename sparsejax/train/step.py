@@ -1,0 +1,239 @@
+"""The step: a pure function from a state and a batch to a state and metrics.
+
+Everything that a run changes is in ``State``; everything else is fixed when the
+``Step`` is built. Randomness, where there is any, is a function of the seed and the
+step, so a resumed run is the same run.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from sparsejax import masked
+from sparsejax.data import Batch
+from sparsejax.nn import Transformer
+from sparsejax.partition import BATCH, constrain
+from sparsejax.train.config import Config
+from sparsejax.train.optim import make_optimizer, make_schedule
+from sparsejax.typing import Array, Float, Int, PyTree
+
+__all__ = ["Losses", "State", "Step", "compiled", "statistics"]
+
+
+class State(NamedTuple):
+    """All that a run changes."""
+
+    step: Int[Array, ""]
+    params: PyTree  # nnx.Param
+    variables: PyTree  # every other nnx.Variable: router biases, centroids
+    opt: PyTree  # the optimiser's moments, and the masks
+    fault: Int[Array, "2"]  # step and statistic that first were not finite, or -1
+
+
+class Losses(NamedTuple):
+    """Sums over the tokens of a batch that have a successor in their document."""
+
+    nll: Float[Array, ""]  # nats
+    z: Float[Array, ""]  # squared log-normalisers
+    tokens: Float[Array, ""]
+    bytes: Float[Array, ""]  # that those tokens stand for
+
+
+def statistics(names: Iterable[str]) -> list[str]:
+    """List the metrics that ``State.fault`` counts, in the order of their making."""
+    losses = sorted(name for name in names if name.startswith("loss/"))
+    return ["loss", *losses, "gradient_norm", "update_norm"]
+
+
+def token_losses(
+    model: Transformer,
+    x: Float[Array, "b t d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    *,
+    token_bytes: Int[Array, " v"],
+    chunk: int = 0,
+) -> Losses:
+    """Sum the losses; with ``chunk``, logits exist for that many positions at a time."""
+
+    def sums(x: Array, targets: Array, weights: Array) -> Losses:
+        logits = model.logits(x)
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        hit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        size = token_bytes[targets].astype(jnp.float32)
+        return Losses(
+            jnp.sum((norm - hit) * weights),
+            jnp.sum(norm * norm * weights),
+            jnp.sum(weights),
+            jnp.sum(size * weights),
+        )
+
+    if not chunk:
+        return sums(x, targets, weights)
+
+    def cut(y: Array) -> Array:
+        parts = y.reshape(y.shape[0], -1, chunk, *y.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    parts = jax.lax.map(
+        lambda part: jax.checkpoint(sums)(*part), (cut(x), cut(targets), cut(weights))
+    )
+    return jax.tree.map(lambda part: jnp.sum(part), parts)
+
+
+class Step:
+    """The functions of a run, closed over what stays fixed.
+
+    ``init(key) -> State``, ``train(state, batch) -> (State, metrics)`` and
+    ``evaluate(state, batch) -> Losses`` are pure and not yet compiled.
+    """
+
+    def __init__(self, config: Config, vocabulary: int, token_bytes: Any) -> None:
+        self.config = config
+        self.vocabulary = vocabulary
+        self.token_bytes = jnp.asarray(token_bytes, jnp.int32)
+        model = nnx.eval_shape(self._model, jax.random.key(0))
+        self.graph, self.params, self.variables = nnx.split(model, nnx.Param, ...)
+        steps = config.train.steps
+        self.schedule = make_schedule(config.optim, steps)
+        self.optimizer = make_optimizer(config.optim, steps, self.params)
+        if config.masked is not None:
+            self.optimizer = masked.sparse(self.optimizer, config.masked)
+
+    def _model(self, key: Array) -> Transformer:
+        return Transformer(self.config.model, self.vocabulary, rngs=nnx.Rngs(key))
+
+    def init(self, key: Array) -> State:
+        """Draw the parameters and start the optimiser."""
+        _, params, variables = nnx.split(self._model(key), nnx.Param, ...)
+        opt = self.optimizer.init(params)
+        fault = jnp.full(2, -1, jnp.int32)
+        return State(jnp.zeros((), jnp.int32), params, variables, opt, fault)
+
+    def model(self, state: State) -> Transformer:
+        """Build the model that the state describes, masks applied."""
+        return nnx.merge(
+            self.graph, self._effective(state.params, state), state.variables, copy=True
+        )
+
+    def _effective(self, params: PyTree, state: State) -> PyTree:
+        if self.config.masked is None:
+            return params
+        return masked.effective(params, state.opt, self.config.masked)
+
+    def _losses(self, model: Transformer, batch: Batch) -> tuple[Losses, Any]:
+        tokens, segments, positions = map(jnp.asarray, batch)
+        hidden = model(
+            tokens[:, :-1], positions=positions[:, :-1], segments=segments[:, :-1]
+        )
+        # A token predicts the next one of its own document; 0 is padding.
+        real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        losses = token_losses(
+            model,
+            hidden.value,
+            tokens[:, 1:],
+            real.astype(jnp.float32),
+            token_bytes=self.token_bytes,
+            chunk=self.config.train.loss_chunk,
+        )
+        return losses, hidden
+
+    def evaluate(self, state: State, batch: Batch) -> Losses:
+        """Sum the losses of a batch, without changing anything."""
+        return self._losses(self.model(state), batch)[0]
+
+    def train(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
+        """Take one optimiser step."""
+        losses, aside, grads, variables = self._gradients(state, batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float
+            updates, opt = self.optimizer.update(grads, state.opt, state.params)
+            params = optax.apply_updates(state.params, updates)
+            norms = optax.global_norm(grads), optax.global_norm(updates)
+        scalars = {"loss": losses.nll / losses.tokens}
+        scalars |= {f"loss/{name}": value for name, value in aside[0].items()}
+        scalars |= {"gradient_norm": norms[0], "update_norm": norms[1]}
+        step = state.step + 1
+        values = jnp.stack([scalars[name] for name in statistics(scalars)])
+        fault = _first_fault(state.fault, step, values)
+        metrics = scalars | aside[1] | {"learning_rate": self.schedule(state.step)}
+        metrics |= {"batch_tokens": losses.tokens}
+        if self.config.masked is not None:
+            metrics |= masked.metrics(masked.masks_of(opt), masked.masks_of(state.opt))
+        return State(step, params, variables, opt, fault), metrics
+
+    def _gradients(self, state: State, batch: Batch) -> tuple[Losses, Any, Any, Any]:
+        """Sum over the micro-batches, as if they were one batch."""
+        count = self.config.optim.accumulate
+        segments = jnp.asarray(batch.segments)
+        real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+        total = jnp.sum(real.astype(jnp.float32))
+
+        def objective(params: PyTree, variables: PyTree, batch: Batch) -> Any:
+            params = self._effective(params, state)
+            model = nnx.merge(self.graph, params, variables, copy=True)
+            losses, hidden = self._losses(model, batch)
+            extra = sum(hidden.losses.values(), start=jnp.zeros(()))
+            z = self.config.train.z_loss * losses.z
+            value = (losses.nll + z) / total + extra / count
+            variables = nnx.state(model, nnx.Not(nnx.Param))
+            return value, (losses, (hidden.losses, hidden.metrics), variables)
+
+        gradient = jax.grad(objective, has_aux=True)
+        if count == 1:
+            grads, (losses, aside, variables) = gradient(
+                state.params, state.variables, batch
+            )
+            return losses, aside, grads, variables
+
+        def body(carry: Any, part: Batch) -> Any:
+            grads, variables = carry
+            more, (losses, aside, variables) = gradient(state.params, variables, part)
+            return (jax.tree.map(jnp.add, grads, more), variables), (losses, aside)
+
+        start = jax.tree.map(jnp.zeros_like, state.params), state.variables
+        (grads, variables), (losses, aside) = jax.lax.scan(
+            body, start, _micro_batches(batch, count)
+        )
+        losses = jax.tree.map(lambda x: jnp.sum(x), losses)
+        aside = jax.tree.map(lambda x: jnp.mean(x, axis=0), aside)
+        return losses, aside, grads, variables
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """Every ``count``-th row to each, so that each is spread over all devices."""
+
+    def cut(x: Any) -> Array:
+        x = jnp.asarray(x)
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, "a b t", {"b": BATCH})
+
+    return jax.tree.map(cut, batch)
+
+
+def _first_fault(
+    fault: Int[Array, "2"], step: Int[Array, ""], values: Float[Array, " s"]
+) -> Int[Array, "2"]:
+    bad = ~jnp.isfinite(values)
+    now = jnp.stack([step, jnp.argmax(bad).astype(jnp.int32)])
+    return jnp.where((fault[0] < 0) & bad.any(), now, fault)
+
+
+def compiled(
+    step: Step, shardings: State, batch: Any, replicated: Any
+) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Jit ``init``, ``train`` (its state donated) and ``evaluate`` for a mesh."""
+    init = jax.jit(step.init, out_shardings=shardings)
+    train = jax.jit(
+        step.train,
+        in_shardings=(shardings, batch),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+    evaluate = jax.jit(
+        step.evaluate, in_shardings=(shardings, batch), out_shardings=replicated
+    )
+    return init, train, evaluate
