@@ -3,8 +3,8 @@
 ``embedding_bag`` sums rows, ``row_products`` multiplies with them; each is half of the
 other's gradient. Neither holds more than a tile of tokens times ``k`` rows, forward or
 backward. Products accumulate in float32; a row that occurs twice counts twice; rows
-that no id names get a gradient of exactly zero. Ids must lie in ``[0, m)``: others read
-NaN.
+that no id names get a gradient of exactly zero. Ids must lie in ``[0, m)``: those
+beyond read NaN.
 """
 
 from collections.abc import Callable
@@ -58,18 +58,22 @@ def row_products(
     return _products(table, ids, x)
 
 
+def _rows(table: Array, ids: Array) -> Array:
+    rows = table.at[ids].get(mode="fill", fill_value=jnp.nan)
+    return rows.astype(jnp.float32)
+
+
 def _sum_rows(table: Array, ids: Array, weights: Array) -> Array:
     def tile(ids: Array, weights: Array) -> Array:
-        rows = table[ids].astype(jnp.float32)
-        return jnp.einsum("nk,nkd->nd", weights.astype(jnp.float32), rows)
+        weights = weights.astype(jnp.float32)
+        return jnp.einsum("nk,nkd->nd", weights, _rows(table, ids))
 
     return _map_tiles(tile, ids, weights, row=table.shape[1]).astype(table.dtype)
 
 
 def _multiply_rows(table: Array, ids: Array, x: Array) -> Array:
     def tile(ids: Array, x: Array) -> Array:
-        rows = table[ids].astype(jnp.float32)
-        return jnp.einsum("nd,nkd->nk", x.astype(jnp.float32), rows)
+        return jnp.einsum("nd,nkd->nk", x.astype(jnp.float32), _rows(table, ids))
 
     return _map_tiles(tile, ids, x, row=table.shape[1]).astype(x.dtype)
 
@@ -77,7 +81,7 @@ def _multiply_rows(table: Array, ids: Array, x: Array) -> Array:
 def _add_rows(table: Array, ids: Array, weights: Array, x: Array) -> Array:
     """Add ``weights_nk * x_n`` to row ``ids_nk`` of zeros; only like ``table``."""
 
-    def tile(total: Array, piece: tuple[Array, Array, Array]) -> tuple[Array, None]:
+    def tile(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
         ids, weights, x = piece
         return total.at[ids].add(weights[..., None] * x[:, None, :]), None
 

@@ -7,7 +7,7 @@ dtype of the input. Tables of ``m`` rows are read row by row, never as a whole.
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class MemoryConfig:
         return self.sub_keys**2
 
 
+@runtime_checkable
 class Lookup(Protocol):
     """The fields that every config of a product-key lookup has."""
 
