@@ -1,0 +1,31 @@
+"""What goes into and comes out of attention besides arrays of heads."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from sparsejax.typing import Array, Float, Int
+
+__all__ = ["Attended", "Segments", "join_sinks"]
+
+
+class Attended(NamedTuple):
+    """Values and the logarithm of their softmax denominator."""
+
+    values: Float[Array, "b t h c"]
+    lse: Float[Array, "b h t"]  # -inf, with values 0, where nothing is visible
+
+
+class Segments(NamedTuple):
+    """Documents packed into one sequence: equal nonzero numbers see each other."""
+
+    q: Int[Array, "b t"]
+    kv: Int[Array, "b s"]
+
+
+def join_sinks(attended: Attended, sinks: Float[Array, " h"]) -> Attended:
+    """Let one more logit per head, with value zero, join a finished softmax."""
+    lse = jnp.logaddexp(attended.lse, sinks.astype("float32")[None, :, None])
+    kept = jnp.exp(attended.lse - lse).mT[..., None]
+    values = attended.values
+    return Attended((values * kept).astype(values.dtype), lse)

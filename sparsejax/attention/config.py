@@ -1,0 +1,99 @@
+"""What an attention layer is: its pattern, blocks and extras, all checked."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from sparsejax.attention.operation import IMPLEMENTATIONS
+from sparsejax.attention.patterns import (
+    Pattern,
+    block_diagonal,
+    causal,
+    dilated,
+    fixed,
+    full,
+    prefix,
+    sliding_window,
+    streaming_llm,
+    strided,
+)
+from sparsejax.config import choose, near, require
+
+__all__ = ["PATTERNS", "AttentionConfig"]
+
+PATTERNS: dict[str, Callable[..., Pattern]] = {
+    "block_diagonal": block_diagonal,
+    "causal": causal,
+    "dilated": dilated,
+    "fixed": fixed,
+    "full": full,
+    "prefix": prefix,
+    "sliding_window": sliding_window,
+    "streaming_llm": streaming_llm,
+    "strided": strided,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """How a layer attends.
+
+    ``arguments`` are the keywords of the pattern, ``window`` and ``sinks`` say. Blocks
+    are in tokens. ``dense_every`` makes every n-th layer of a model plainly causal; 0
+    for none. ``head_width`` is the model's width over its heads by default.
+    """
+
+    pattern: str = "causal"
+    arguments: dict[str, int] = field(default_factory=dict, hash=False)
+    block_q: int = 128
+    block_kv: int = 128
+    head_width: int | None = None
+    rope_theta: float = 10_000.0
+    qk_norm: bool = True  # root-mean-square norm of queries and keys, per head
+    softcap: float | None = None
+    learned_sinks: bool = False  # a learned logit per head that takes no value
+    causal: bool = True  # refuse patterns that read the future
+    dense_every: int = 0
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        choose("pattern", self.pattern, PATTERNS)
+        _check_arguments(self.pattern, self.arguments)
+        for name in ("block_q", "block_kv", "rope_theta"):
+            value = getattr(self, name)
+            require(value > 0, name, value, "must be positive")
+        width = self.head_width
+        paired = width is None or (width > 0 and width % 2 == 0)
+        require(paired, "head_width", width, "must be even and positive")
+        capped = self.softcap is None or self.softcap > 0
+        require(capped, "softcap", self.softcap, "must be positive; none for no cap")
+        require(self.dense_every >= 0, "dense_every", self.dense_every, "must be >= 0")
+        if self.implementation is not None:
+            choose("implementation", self.implementation, IMPLEMENTATIONS)
+        require(
+            self.build().is_causal or not self.causal,
+            "pattern",
+            self.pattern,
+            "reads the future; set causal=false if the model may, or choose one of"
+            " causal, dilated, fixed, sliding_window, streaming_llm, strided",
+        )
+
+    def build(self) -> Pattern:
+        """Give the pattern itself."""
+        return PATTERNS[self.pattern](**self.arguments)
+
+
+def _check_arguments(pattern: str, arguments: Mapping[str, int]) -> None:
+    needed = inspect.signature(PATTERNS[pattern]).parameters
+    for name in arguments:
+        if name not in needed:
+            hint = near(name, needed) if needed else "; give none"
+            rule = f"{pattern} takes no such argument{hint}"
+            require(False, f"arguments.{name}", arguments[name], rule)
+    missing = [name for name in needed if name not in arguments]
+    rule = f"{pattern} needs {', '.join(missing)}; give each in arguments"
+    require(not missing, "arguments", dict(arguments), rule)
+    try:
+        PATTERNS[pattern](**arguments)
+    except ValueError as error:
+        require(False, "arguments", dict(arguments), str(error))

@@ -1,0 +1,139 @@
+"""Block-sparse attention: one operation, several implementations that agree.
+
+Queries "b t h c" read keys and values "b s g c" where the ``BlockMask`` lets them;
+query head ``h`` reads key head ``h // (heads // key heads)``. A query that sees nothing
+gives 0 and a log-denominator of -inf, and receives gradient 0.
+"""
+
+from sparsejax.attention.attended import Attended, Segments, join_sinks
+from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.reference import reference
+from sparsejax.attention.xla import xla
+from sparsejax.config import near
+from sparsejax.typing import Array, Float
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "block_sparse_attention",
+    "block_sparse_attention_and_lse",
+]
+
+IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+
+
+def block_sparse_attention(  # noqa: PLR0913  the signature of the design
+    q: Float[Array, "b t h c"],
+    k: Float[Array, "b s g c"],
+    v: Float[Array, "b s g c"],
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
+    segments: Segments | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "b t h c"]:
+    """Attend where the mask lets it; see ``block_sparse_attention_and_lse``."""
+    return block_sparse_attention_and_lse(
+        q,
+        k,
+        v,
+        mask,
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        segments=segments,
+        implementation=implementation,
+    ).values
+
+
+def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the design
+    q: Float[Array, "b t h c"],
+    k: Float[Array, "b s g c"],
+    v: Float[Array, "b s g c"],
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " h"] | None = None,
+    segments: Segments | None = None,
+    implementation: str | None = None,
+) -> Attended:
+    """Attend where the mask lets it, and give the softmax's log-denominator too.
+
+    Args:
+        scale: multiplies the products of queries and keys; default ``c ** -0.5``.
+        softcap: bounds the logits smoothly, ``softcap * tanh(logits / softcap)``.
+        sinks: one more logit per query head, of value 0, in the denominator.
+        segments: packed documents; positions see each other only within one.
+        implementation: a name in ``IMPLEMENTATIONS``; None picks by platform.
+
+    Raises:
+        ValueError: if shapes, heads, mask and segments do not fit together, or no
+            implementation has that name.
+    """
+    _check(q, k, v, mask)
+    _check_extras(q, k, softcap, sinks, segments)
+    name = "xla" if implementation is None else implementation
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={name!r}: no such name{near(name, IMPLEMENTATIONS)}"
+        )
+    attended = IMPLEMENTATIONS[name](
+        q,
+        k,
+        v,
+        mask,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=softcap,
+        segments=segments,
+    )
+    if sinks is not None:
+        attended = join_sinks(attended, sinks)
+    return attended._replace(values=attended.values.astype(q.dtype))
+
+
+def _check(q: Array, k: Array, v: Array, mask: BlockMask) -> None:
+    b, t, h, c = q.shape
+    if k.shape != v.shape or k.shape[0] != b or k.shape[3] != c:
+        raise ValueError(
+            f"q {q.shape}, k {k.shape}, v {v.shape}: k and v must agree, and share"
+            " batch and head width with q"
+        )
+    if len({q.dtype, k.dtype, v.dtype}) > 1:
+        raise ValueError(
+            f"q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one dtype"
+        )
+    if h % k.shape[2]:
+        raise ValueError(
+            f"{h} query heads do not group over {k.shape[2]} key heads; the first must"
+            " be a multiple of the second"
+        )
+    if (mask.q_len, mask.kv_len) != (t, k.shape[1]):
+        raise ValueError(
+            f"the mask is for {mask.q_len} x {mask.kv_len} positions, q and k have"
+            f" {t} x {k.shape[1]}; build it with these lengths"
+        )
+    if mask.ids.shape[0] not in (1, b) or mask.ids.shape[1] not in (1, h):
+        raise ValueError(
+            f"the mask has batch and heads {mask.ids.shape[:2]}; each must be 1 or that"
+            f" of q, {(b, h)}"
+        )
+
+
+def _check_extras(
+    q: Array,
+    k: Array,
+    softcap: float | None,
+    sinks: Array | None,
+    segments: Segments | None,
+) -> None:
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap}: must be positive; None for no cap")
+    if sinks is not None and sinks.shape != q.shape[2:3]:
+        raise ValueError(f"sinks {sinks.shape}: needs one logit for each query head")
+    if segments is None:
+        return
+    found, needed = (segments.q.shape, segments.kv.shape), (q.shape[:2], k.shape[:2])
+    if found != needed:
+        raise ValueError(f"segments of shapes {found}: q and k need {needed}")
