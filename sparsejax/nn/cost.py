@@ -5,14 +5,17 @@ leave out what masks make zero and whatever the backward pass computes again; th
 what the method needs, not what a machine happens to execute.
 """
 
+import math
+import resource
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from sparsejax.attention import PATTERNS, BlockMask
-from sparsejax.nn.config import LayerSpec, ModelConfig
-from sparsejax.tree import leaves, variables
+from sparsejax.attention import BlockMask
+from sparsejax.nn.config import LayerSpec, ModelConfig, runs
+from sparsejax.tree import variables
 from sparsejax.typing import PyTree
 
 __all__ = ["Cost", "attention_masks", "cost"]
@@ -24,7 +27,6 @@ class Cost(NamedTuple):
     total: int
     active: float  # parameters that a token uses
     nonzero: int
-    nonzero_active: float
     useful_flops: float  # forward and backward, a token
     attention_density: float  # live query-key pairs over causal ones, mean over layers
 
@@ -51,7 +53,7 @@ def attention_masks(config: ModelConfig, length: int) -> dict[str, BlockMask]:
 def _mask(spec: LayerSpec, length: int) -> BlockMask:
     attention = spec.attention
     return BlockMask.from_pattern(
-        PATTERNS[attention.pattern](**attention.arguments),
+        attention.build(),
         q_len=length,
         kv_len=length,
         block_q=attention.block_q,
@@ -83,12 +85,16 @@ def _active_share(axes: str, spec: LayerSpec) -> float:
     if "e" in letters and len(letters) > 3:  # l e d f: experts, not their router
         return config.per_token / config.experts
     if "m" in letters:
-        return config.active_rows / config.slots
+        return config.heads * config.per_head / config.slots
     return 1.0
 
 
 def cost(
-    config: ModelConfig, params: PyTree, *, length: int, masks: PyTree = None
+    config: ModelConfig,
+    params: PyTree,
+    *,
+    length: int,
+    live: Mapping[str, float] | None = None,
 ) -> Cost:
     """Count parameters and FLOPs.
 
@@ -96,20 +102,19 @@ def cost(
         config: the model's.
         params: its parameters, or their shapes; with ``axes`` letters.
         length: tokens of a sequence.
-        masks: by path, for parameters that have one.
+        live: density of the parameters that are masked, by path.
     """
-    live = {path: float(np.mean(np.asarray(x))) for path, x in leaves(masks).items()}
     total, nonzero, active, useful = 0, 0.0, 0.0, 0.0
     for path, variable in variables(params).items():
-        size = int(np.prod(variable.get_value().shape))
+        shape, density = variable.get_value().shape, (live or {}).get(path, 1.0)
+        size = math.prod(shape)
         share = _active_share(variable.axes, _spec_at(config, path))
-        if path == "embedding" and not config.tied:
-            share = 1 / variable.get_value().shape[0]  # one row is looked up
         total += size
-        nonzero += size * live.get(path, 1.0)
+        nonzero += size * density
         active += size * share
-        useful += size * share * live.get(path, 1.0)
-    causal = length * (length + 1) // 2
+        # An embedding that is not also the unembedding is read, not multiplied.
+        if path != "embedding" or config.tied:
+            useful += size * share * density
     pairs = [live_pairs(_mask(config.layer(x), length)) for x in range(config.depth)]
     width = config.attention.head_width or config.width // config.heads
     attention = 4 * config.heads * width * sum(pairs) / length
@@ -117,16 +122,13 @@ def cost(
         total=total,
         active=active,
         nonzero=round(nonzero),
-        nonzero_active=useful,
         useful_flops=3 * (2 * useful + attention),
-        attention_density=float(np.mean(pairs)) / causal,
+        attention_density=float(np.mean(pairs)) / (length * (length + 1) // 2),
     )
 
 
 def _spec_at(config: ModelConfig, path: str) -> LayerSpec:
     """Find the layer that a path such as ``stacks/0/blocks/1/moe/up`` belongs to."""
-    from sparsejax.nn.config import runs
-
     parts = path.split("/")
     if parts[0] != "stacks":
         return config.layer(0)
@@ -138,6 +140,4 @@ def peak_bytes() -> int | None:
     statistics = jax.local_devices()[0].memory_stats()
     if statistics:
         return statistics.get("peak_bytes_in_use")
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

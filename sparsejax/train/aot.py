@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sparsejax.data import Batch, vocabulary_of
+from sparsejax.data import Batch, ByteTokenizer
 from sparsejax.nn.cost import cost
 from sparsejax.partition import BATCH
 from sparsejax.sharding.hlo import collective_bytes
@@ -56,7 +56,8 @@ def judge(config: Config, target: Target) -> Judgement:
     """
     mesh = make_mesh(config.mesh, target.devices)
     with jax.set_mesh(mesh):
-        vocabulary = vocabulary_of(config.data)
+        tokens = {"bytes": ByteTokenizer.vocab_size, "bpe": config.data.vocab_size}
+        vocabulary = tokens[config.data.tokenizer]
         step = Step(config, vocabulary, np.ones(vocabulary, np.int32))
         abstract = jax.eval_shape(step.init, jax.random.key(0))
         check_divisible(abstract.params, mesh)

@@ -23,7 +23,7 @@ from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import FREE, Config
 from sparsejax.train.distributed import Process, gather_json, global_batch
 from sparsejax.train.metrics import MetricsLog, Profiler, Progress
-from sparsejax.train.report import finish
+from sparsejax.train.report import costs, finish, sample_text
 from sparsejax.train.step import State, Step, compiled, statistics
 from sparsejax.train.workdir import disk_guard, open_workdir
 
@@ -155,7 +155,7 @@ class _Loop:
             report=self.progress.report,
         )
         self.profiler = Profiler(profile, workdir / "profile")
-        self.last_eval: dict[str, float] = {}
+        self.last_scores: dict[str, float] = {}
         self.began = time.monotonic()
 
     def start(self) -> State:
@@ -180,7 +180,7 @@ class _Loop:
         self.progress.start(step)
         while step < every.steps:
             step += 1
-            self.profiler.at(step)
+            self.profiler.at(step, state)
             state, metrics = self.trainer.take_step(
                 state, next(self.trainer.data.train)
             )
@@ -197,6 +197,25 @@ class _Loop:
                 return state, False
         self.profiler.close()
         return state, True
+
+    def finish(self, state: State, finished: bool) -> dict[str, Any]:
+        """Sum the run up; once it has come to its end, write everything down."""
+        seconds = time.monotonic() - self.began
+        results = self.last_scores | {"finished": finished, "seconds": seconds}
+        if not finished:
+            return results
+        trainer, last = self.trainer, self.config.train
+        text = sample_text(
+            trainer.step.model(state),
+            trainer.data.tokenizer,
+            last.prompt,
+            tokens=last.sample_tokens,
+            seed=self.config.seed,
+        )
+        results |= costs(self.config, state) | {"sample": text}
+        if self.process.index == 0:
+            return finish(self.config, self.workdir, results)
+        return results
 
     def close(self) -> None:
         """Let go of files and threads; errors of a pending save come out here."""
@@ -220,8 +239,8 @@ class _Loop:
         values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
         values["tokens"] = step * data.batch_size * data.seq_len
         if step % self.config.train.eval_every == 0 or last:
-            self.last_eval = self.trainer.evaluate(state)
-            values |= self.last_eval
+            self.last_scores = self.trainer.evaluate(state)
+            values |= self.last_scores
         values["seconds"] = time.monotonic() - self.began
         self.log.write(step, values)
         self.progress.show(values)
@@ -233,7 +252,7 @@ class _Loop:
             state,
             data=merge_states(positions),
             config=to_dict(self.config),
-            loss=self.last_eval.get("eval/loss"),
+            loss=self.last_scores.get("eval/loss"),
         )
 
 
@@ -268,10 +287,7 @@ def train(
         try:
             state, finished = loop.run(loop.start(), stopping)
             loop.checkpoints.wait()
-            summary = loop.last_eval | {"finished": finished}
-            if finished:
-                summary |= finish(loop.trainer, state, home.path, process)
-            return summary
+            return loop.finish(state, finished)
         finally:
             loop.close()
 

@@ -73,15 +73,16 @@ def _main(flags: argparse.Namespace, config: Any) -> int:
 
         return report(config, flags.aot)
     from sparsejax.train.distributed import initialize
+    from sparsejax.train.checkpoint import CheckpointError
     from sparsejax.train.loop import NonFiniteError, train
-    from sparsejax.train.workdir import format_summary
+    from sparsejax.train.workdir import DiskError, format_summary
 
     process = initialize(flags.coordinator, flags.processes, flags.process_id)
     name = f"{Path(flags.config).stem}-{fingerprint(config)[:8]}"
     workdir = flags.workdir or Path("runs") / name
     try:
         summary = train(config, workdir, profile=flags.profile, process=process)
-    except NonFiniteError as error:
+    except (CheckpointError, DiskError, NonFiniteError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     if process.index == 0:

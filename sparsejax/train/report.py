@@ -1,7 +1,6 @@
 """How a run ends: a summary, a text sample, the plots."""
 
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,26 @@ def sample_text(
     """Return the prompt and its continuation; ``options`` are those of ``generate``."""
     ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
     draw = functools.partial(generate, key=jax.random.key(seed), **options)
-    return prompt + tokenizer.decode(np.asarray(jax.jit(draw)(model, ids[None]))[0])
+    whole = jax.sharding.PartitionSpec()
+    chosen = jax.jit(draw, out_shardings=whole)(model, ids[None])
+    return prompt + tokenizer.decode(np.asarray(chosen)[0])
 
 
 def costs(config: Config, state: State) -> dict[str, Any]:
     """Count parameters and useful FLOPs of a trained state, masks included."""
-    masks = masked.masks_of(state.opt) if config.masked is not None else {}
-    counted = cost(
-        config.model, state.params, length=config.data.seq_len, masks=masks
-    )
+    live = {}
+    if config.masked is not None:
+        masks = masked.masks_of(state.opt)
+        found = jax.jit(masked.metrics)(masks)
+        live = {path: float(np.mean(found[f"masked/density/{path}"])) for path in masks}
+    counted = cost(config.model, state.params, length=config.data.seq_len, live=live)
     return {
         "parameters_total": counted.total,
         "parameters_active": round(counted.active),
         "parameters_nonzero": counted.nonzero,
-        "parameters_nonzero_active": round(counted.nonzero_active),
         "useful_flops_per_token": round(counted.useful_flops),
         "attention_density": counted.attention_density,
+        "peak_memory_bytes": peak_bytes(),
     }
 
 
@@ -51,12 +54,9 @@ def picture(config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def finish(
-    config: Config, state: State, workdir: Path, results: dict[str, Any]
-) -> dict[str, Any]:
-    """Write ``summary.json`` and the plots; return the summary."""
-    summary = results | costs(config, state) | {"peak_memory_bytes": peak_bytes()}
-    summary["finished_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_summary(workdir, summary)
+def finish(config: Config, workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Draw the plots and write ``summary.json``; return the summary with their paths."""
     paths = write_plots(workdir, picture(config))
-    return summary | {"plots": [str(path) for path in paths]}
+    summary = summary | {"plots": [str(path) for path in paths]}
+    write_summary(workdir, summary)
+    return summary

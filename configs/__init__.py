@@ -1,0 +1,1 @@
+"""Experiments: each file has a ``get_config()``."""

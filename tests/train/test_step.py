@@ -1,0 +1,113 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.train import toy
+
+from sparsejax.train.step import statistics
+from sparsejax.tree import leaves
+
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "expert": {"data": 1, "expert": 8},
+    "tensor": {"data": 4, "tensor": 2},
+    "data, fsdp, tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+    "fsdp, expert, tensor": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    "data, expert, context": {"data": 2, "expert": 2, "context": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Twenty steps on one device: losses, and the state they end in."""
+    return toy.losses(toy.toy(), 20, toy.one_device())
+
+
+def test_the_loss_falls(alone):
+    losses, _ = alone
+    assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.1
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_every_mesh_agrees_with_one_device(mesh, alone):
+    losses, _ = toy.losses(toy.toy(mesh=mesh), 20)
+    np.testing.assert_allclose(losses, alone[0], rtol=0, atol=2e-6)
+
+
+def test_micro_batches_are_one_batch(alone):
+    # Means over a micro-batch enter the balance loss, so it is left out here.
+    plain = {"model": {**toy.TOY["model"], "ffn": {"kind": "gated", "hidden": 32}}}
+    whole, _ = toy.losses(toy.toy(**plain), 6, toy.one_device())
+    cut, _ = toy.losses(
+        toy.toy(**plain, optim={"accumulate": 4}), 6, toy.one_device()
+    )
+    np.testing.assert_allclose(cut, whole, rtol=0, atol=2e-6)
+
+
+def test_logits_in_chunks_are_the_same_loss(alone):
+    cut, _ = toy.losses(toy.toy(train={"loss_chunk": 8}), 4, toy.one_device())
+    np.testing.assert_allclose(cut, alone[0][:4], rtol=0, atol=2e-6)
+
+
+def test_a_step_is_traced_once():
+    config = toy.toy()
+    step, state, _, _, mesh = toy.start(config, toy.one_device())
+    traces = []
+
+    def counted(state, batch):
+        traces.append(1)
+        return step.train(state, batch)
+
+    train = jax.jit(counted, donate_argnums=0)
+    with jax.set_mesh(mesh):
+        for index in range(6):
+            state, _ = train(state, jax.tree.map(jnp.asarray, toy.batch(index)))
+    assert len(traces) == 1
+    assert int(state.step) == 6
+
+
+def test_masked_weights_are_zero_and_as_many_as_planned(alone):
+    _, state = alone
+    weights = {p: np.asarray(x) for p, x in leaves(state.params).items()}
+    expert = weights["stacks/0/blocks/0/moe/up"]
+    zeros = (expert == 0).sum(axis=(-2, -1))
+    assert (zeros == expert[0, 0].size // 2).all()
+    assert (weights["embedding"] != 0).all()
+
+
+def test_evaluation_changes_nothing_and_counts_real_tokens():
+    _, state, _, evaluate, mesh = toy.start(toy.toy(), toy.one_device())
+    with jax.set_mesh(mesh):
+        sums = evaluate(state, jax.tree.map(jnp.asarray, toy.batch()))
+    # 12 and 16 predictions in a row's two documents; none across, none in padding.
+    assert float(sums.tokens) == toy.ROWS * (12 + 16)
+    assert float(sums.bytes) == float(sums.tokens)
+
+
+def test_the_first_statistic_that_is_not_finite_is_remembered():
+    config = toy.toy(masked=None)
+    _, state, train, _, mesh = toy.start(config, toy.one_device())
+    with jax.set_mesh(mesh):
+        state, _ = train(state, jax.tree.map(jnp.asarray, toy.batch()))
+        assert state.fault.tolist() == [-1, -1]
+        poisoned = jax.tree.map(lambda x: x * jnp.inf, state.params["norm"])
+        state.params["norm"] = poisoned
+        for _ in range(2):
+            state, metrics = train(state, jax.tree.map(jnp.asarray, toy.batch()))
+    step, index = state.fault.tolist()
+    assert step == 2
+    assert statistics(metrics)[index] == "loss"
+
+
+def test_z_loss_pulls_the_normaliser_to_zero():
+    def normaliser(weight):
+        config = toy.toy(masked=None, train={"z_loss": weight})
+        _, state, train, evaluate, mesh = toy.start(config, toy.one_device())
+        with jax.set_mesh(mesh):
+            for index in range(8):
+                part = jax.tree.map(jnp.asarray, toy.batch(index))
+                state, _ = train(state, part)
+            return float(evaluate(state, part).z)
+
+    assert normaliser(1.0) < normaliser(0.0)
