@@ -1,0 +1,328 @@
+"""Which published methods are here: collected from the code, never typed by hand.
+
+Every docstring may carry lines ``Source: Authors Year, arXiv:ID, place``; where a paper
+is not on arXiv, ``doi:…`` or the venue stands for the ID, and ``;`` separates two
+papers. ``entries`` pairs each of them with the function it describes, a test that
+names that function, and the configs and notebooks that use it. A method without a
+test of its own is an error, so nothing is listed that was not checked.
+
+    python -m sparsejax.papers [--family=moe] [--search=routing] [--write]
+"""
+
+import argparse
+import ast
+import functools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+PAGE = "docs/papers.md"
+
+_CITATION = re.compile(
+    r"(?P<authors>[^\d,;][^;]*?) (?P<year>(?:19|20)\d\d)[a-z]?, "
+    r"(?P<identifier>arXiv:\d{4}\.\d{4,5}|arXiv:[a-z-]+(?:\.[A-Z]{2})?/\d{7}"
+    r"|doi:10\.\S+|(?!arXiv|doi)[A-Z][^,]*), (?P<place>\S.*)"
+)
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+class Citation(NamedTuple):
+    """Where a method was published, and where in that paper it stands."""
+
+    authors: str
+    year: str
+    identifier: str  # arXiv:1911.11134, doi:10.1162/…, or a venue
+    place: str
+
+    @property
+    def link(self) -> str:
+        """Markdown: authors and year, leading to the paper where it has an address."""
+        site, _, number = self.identifier.partition(":")
+        site = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}.get(site)
+        text = f"{self.authors} {self.year}"
+        return f"[{text}]({site}{number})" if site else f"{text}, {self.identifier}"
+
+
+class Entry(NamedTuple):
+    """One row of the table: a paper and the code that follows it."""
+
+    citation: Citation
+    module: str
+    name: str  # of the function or class; empty for a whole module
+    test: str  # "tests/moe/test_routers.py::test_…", or empty
+    users: tuple[str, ...]  # configs and notebooks
+    status: str  # "verified", "tested" or "missing"
+
+    @property
+    def family(self) -> str:
+        """The part of the package that the method is in."""
+        return self.module.split(".")[1]
+
+
+class Test(NamedTuple):
+    """A test function: what it names itself, and what it names through helpers."""
+
+    where: str
+    direct: frozenset[str]
+    indirect: frozenset[str]
+    imports: frozenset[str]
+    published: bool
+
+
+def source_lines(docstring: str) -> list[str]:
+    """Give each ``Source:`` of a docstring as one line, its departures left out."""
+    paragraph = r"^\s*Source: (.*?)(?=\n\s*\n|\n\s*[A-Z]\w*:|\Z)"
+    found = re.findall(paragraph, docstring, flags=re.MULTILINE | re.DOTALL)
+    lines = [" ".join(text.split()).split(" Departure:")[0] for text in found]
+    return [line.removesuffix(".") for line in lines]
+
+
+def parse(line: str) -> list[Citation]:
+    """Read the citations of one source line.
+
+    Raises:
+        ValueError: if a part is not ``Authors Year, arXiv:ID, place``.
+    """
+    citations = []
+    for part in re.split(r"; (?=[A-Z][^;]* (?:19|20)\d\d[a-z]?, )", line):
+        match = _CITATION.fullmatch(part)
+        if not match:
+            raise ValueError(
+                f"Source: {part!r} is not 'Authors Year, arXiv:ID, place'"
+                " (or doi:… or a venue for the ID)"
+            )
+        citations.append(Citation(**match.groupdict()))
+    return citations
+
+
+def entries(root: Path = ROOT) -> list[Entry]:
+    """Collect every method of a checkout, sorted by family, year and authors."""
+    tests = [
+        t for path in sorted(root.glob("tests/**/test_*.py")) for t in _tests(path)
+    ]
+    users = _users(root)
+    found = []
+    for package in ("sparsejax", "pallas_kernels"):
+        for path in sorted((root / package).rglob("*.py")):
+            found += _of_module(path, root, tests, users)
+    return sorted(found, key=lambda e: (e.family, e.citation.year, e.citation, e.name))
+
+
+def markdown(rows: list[Entry]) -> str:
+    """Write the table as a page."""
+    count = len({row.citation.identifier for row in rows})
+    text = [
+        "# Papers",
+        "",
+        "Written by `make papers` from the `Source:` lines of the code.",
+        f"{count} papers, {len(rows)} methods.",
+        "`tested`: agrees with an oracle of ours. `verified`: a test also reproduces a",
+        "number or an ordering that the paper prints.",
+    ]
+    for family in dict.fromkeys(row.family for row in rows):
+        text += ["", f"## {family}", ""]
+        text += ["| paper | function | its own test | used by | status |"]
+        text += ["|---|---|---|---|---|"]
+        text += [_row(row) for row in rows if row.family == family]
+    return "\n".join(text) + "\n"
+
+
+def _row(row: Entry) -> str:
+    module = row.module.split(".", 1)[1]
+    function = f"{module}.{row.name}" if row.name else module
+    test = row.test.rpartition("::")[2]
+    users = ", ".join(f"`{Path(u).stem}`" for u in row.users[:3])
+    paper = f"{row.citation.link}, {row.citation.place}".replace("|", "\\|")
+    return f"| {paper} | `{function}` | `{test}` | {users} | {row.status} |"
+
+
+@functools.cache
+def _tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def _module_name(path: Path, root: Path) -> str:
+    parts = path.relative_to(root).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _words(node: ast.AST) -> set[str]:
+    """Every identifier and every one-word string under a node."""
+    words = set()
+    for n in ast.walk(node):
+        words |= {getattr(n, key, None) for key in ("id", "attr", "arg")}
+        if isinstance(n, ast.Constant) and isinstance(n.value, str):
+            words.add(n.value)
+    return {w for w in words if isinstance(w, str)}
+
+
+def _definitions(tree: ast.Module) -> dict[str, set[str]]:
+    """Words under each name that a file defines at its top level."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, _Function | ast.ClassDef):
+            found[node.name] = _words(node)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [t.id for t in targets if isinstance(t, ast.Name)]
+            found.update(dict.fromkeys(names, _words(node)))
+    return found
+
+
+def _closure(words: set[str], definitions: dict[str, set[str]]) -> set[str]:
+    """The words, and those of every definition that they lead to."""
+    reached, frontier = set(words), set(words)
+    while frontier:
+        frontier = {w for f in frontier for w in definitions.get(f, ())} - reached
+        reached |= frontier
+    return reached
+
+
+def _imports(tree: ast.Module) -> frozenset[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{a.name}" for a in node.names}
+    return frozenset(found)
+
+
+def _tests(path: Path) -> Iterator[Test]:
+    tree = _tree(path)
+    definitions, imports = _definitions(tree), _imports(tree)
+    for node in tree.body:
+        if isinstance(node, _Function) and node.name.startswith("test_"):
+            direct = definitions[node.name]
+            decorators = {w for d in node.decorator_list for w in _words(d)}
+            yield Test(
+                where=f"{path.as_posix()}::{node.name}",
+                direct=frozenset(direct),
+                indirect=frozenset(_closure(direct, definitions)),
+                imports=imports,
+                published="published" in decorators,
+            )
+
+
+def _users(root: Path) -> dict[str, set[str]]:
+    """What every config and notebook chooses by name, by path."""
+    found = {}
+    for path in sorted(root.glob("configs/*.py")):
+        strings = (getattr(n, "value", None) for n in ast.walk(_tree(path)))
+        chosen = {x for x in strings if isinstance(x, str)}
+        found[path.relative_to(root).as_posix()] = chosen
+    for path in sorted(root.glob("notebooks/*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        found[path.relative_to(root).as_posix()] = set(re.findall(r"\w+", code))
+    return found
+
+
+def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """Docstrings under the name of the top-level function or class they are in."""
+    yield "", ast.get_docstring(tree) or ""
+    for node in tree.body:
+        if isinstance(node, _Function | ast.ClassDef):
+            for inner in ast.walk(node):
+                if isinstance(inner, _Function | ast.ClassDef):
+                    yield node.name, ast.get_docstring(inner) or ""
+
+
+def _of_module(
+    path: Path, root: Path, tests: list[Test], users: dict[str, set[str]]
+) -> Iterator[Entry]:
+    module, tree = _module_name(path, root), _tree(path)
+    own_folder = f"/tests/{module.split('.')[1]}"
+    near = [t for t in tests if _mirrors(t, module)]
+    near.sort(key=lambda t: own_folder not in t.where)
+    for name, docstring in _docstrings(tree):
+        lines = source_lines(docstring)
+        if not lines:
+            continue
+        names = _aliases(name, path, tree) if name else set()
+        own = _ranked(names, near) if name else near
+        for citation in (c for line in lines for c in parse(line)):
+            yield Entry(
+                citation=citation,
+                module=module,
+                name=name,
+                test=own[0].where.removeprefix(f"{root.as_posix()}/") if own else "",
+                users=tuple(u for u, words in users.items() if names & words),
+                status=_status(own),
+            )
+
+
+def _status(own: list[Test]) -> str:
+    if not own:
+        return "missing"
+    return "verified" if any(t.published for t in own) else "tested"
+
+
+def _mirrors(test: Test, module: str) -> bool:
+    """Whether a test's file imports from the part of the package a module is in."""
+    part = ".".join(module.split(".")[:2])
+    return any(f"{i}.".startswith(f"{part}.") for i in test.imports)
+
+
+def _aliases(name: str, path: Path, tree: ast.Module) -> set[str]:
+    """A function's name, its keys in the family's dicts, and, if private, its users."""
+    names = {name}
+    if name.startswith("_"):
+        definitions = _definitions(tree)
+        reach = {d for d, w in definitions.items() if name in _closure(w, definitions)}
+        names |= {d for d in reach if not d.startswith("_")}
+    family = path.parent / "__init__.py"
+    for node in ast.walk(_tree(family)) if family.is_file() else ():
+        if isinstance(node, ast.Dict):
+            for key, value in zip(node.keys, node.values, strict=True):
+                if isinstance(key, ast.Constant) and name in _words(value):
+                    names.add(str(key.value))
+    return names
+
+
+def _ranked(names: set[str], tests: list[Test]) -> list[Test]:
+    """Tests that name a function: in their name, in their body, through a helper."""
+
+    def spelled(test: Test) -> bool:
+        title = f"_{test.where.rpartition('::')[2]}_"
+        return any(f"_{_snake(n)}_" in title for n in names)
+
+    ranks = [
+        [t for t in tests if spelled(t) and names & t.indirect],
+        [t for t in tests if names & t.direct],
+        [t for t in tests if names & t.indirect],
+    ]
+    return list(dict.fromkeys(t for rank in ranks for t in rank))
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.strip("_")).lower()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table, or write it to the page."""
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.papers")
+    parser.add_argument("--family", default="", help="only this part of the package")
+    parser.add_argument("--search", default="", help="only rows with this text")
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE}")
+    flags = parser.parse_args(arguments)
+    rows = entries()
+    missing = [f"{r.module}.{r.name}" for r in rows if not r.test]
+    if missing:
+        print(f"no test names: {', '.join(missing)}", file=sys.stderr)
+        return 1
+    if flags.write:
+        (ROOT / PAGE).write_text(markdown(rows))
+    for row in rows:
+        line = _row(row).strip("| ")
+        if flags.family in ("", row.family) and flags.search.lower() in line.lower():
+            print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
