@@ -1,0 +1,39 @@
+"""Mixture of experts: routers choose, dispatchers carry, experts answer.
+
+``ROUTERS`` maps logits to assignments, ``DISPATCHERS`` applies experts to them; every
+pair agrees with the dense oracle.
+"""
+
+from sparsejax.moe.balance import (
+    balance_loss,
+    expert_load,
+    metrics,
+    updated_bias,
+    z_loss,
+)
+from sparsejax.moe.config import MoEConfig
+from sparsejax.moe.dispatch import DISPATCHERS, apply_experts, capacity_of, limited
+from sparsejax.moe.experts import ACTIVATIONS, GatedExperts
+from sparsejax.moe.grouped import grouped_matmul
+from sparsejax.moe.layer import MoE, RouterBias
+from sparsejax.moe.routers import ROUTERS, Routing
+
+__all__ = [
+    "ACTIVATIONS",
+    "DISPATCHERS",
+    "ROUTERS",
+    "GatedExperts",
+    "MoE",
+    "MoEConfig",
+    "RouterBias",
+    "Routing",
+    "apply_experts",
+    "balance_loss",
+    "capacity_of",
+    "expert_load",
+    "grouped_matmul",
+    "limited",
+    "metrics",
+    "updated_bias",
+    "z_loss",
+]
