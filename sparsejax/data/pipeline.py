@@ -1,0 +1,193 @@
+"""From documents to rows with Grain: shuffled, tokenized, packed end to end."""
+
+import functools
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from sparsejax.config import ConfigError
+from sparsejax.data.cache import cache_root
+from sparsejax.data.config import DataConfig
+from sparsejax.data.reader import Batch, Data, TrainIterator
+from sparsejax.data.sources import Documents, Splits, open_documents
+from sparsejax.data.tokenizer import ByteTokenizer, Tokenizer, trained_pairs
+
+__all__ = ["assemble"]
+
+MOST_STREAMS = 64  # processes that can share a batch
+
+
+def assemble(
+    config: DataConfig, *, seed: int, process_index: int, process_count: int
+) -> Data:
+    """Build what ``sparsejax.data.open_data`` promises."""
+    count = math.gcd(config.batch_size, MOST_STREAMS)
+    _check(config, count, seed, process_index, process_count)
+    splits = open_documents(config)
+    tokenizer = _tokenizer(config, splits)
+    fingerprint = _fingerprint(config, splits, tokenizer, seed)
+    share = count // process_count
+    streams = {
+        i: RowStream(
+            shuffled(splits.train, seed)[i::count],
+            tokenizer,
+            rows=config.batch_size // count,
+            tokens=config.seq_len + 1,
+        )
+        for i in range(process_index * share, (process_index + 1) * share)
+    }
+    return Data(
+        tokenizer=tokenizer,
+        train=TrainIterator(
+            streams,
+            fingerprint=fingerprint,
+            prefetch=config.prefetch,
+            threads=config.threads,
+        ),
+        documents={split: len(d) for split, d in splits._asdict().items()},
+        fingerprint=fingerprint,
+        held_out=functools.partial(
+            evaluation,
+            splits.validation,
+            tokenizer,
+            config,
+            process_index=process_index,
+            process_count=process_count,
+        ),
+    )
+
+
+def shuffled(documents: Documents, seed: int) -> grain.MapDataset:
+    """Every document once per epoch, in an order of that epoch's own, forever."""
+    return grain.MapDataset.source(documents).seed(seed).shuffle().repeat(None)
+
+
+class RowStream:
+    """Rows of packed documents; a ``reader.Stream``."""
+
+    def __init__(
+        self,
+        documents: grain.MapDataset,
+        tokenizer: Tokenizer,
+        *,
+        rows: int,
+        tokens: int,
+    ):
+        packed = packed_rows(documents, tokenizer, tokens)
+        self._batches = iter(packed.batch(rows, drop_remainder=True))
+
+    def __next__(self) -> Batch:
+        return _batch(next(self._batches))
+
+    def get_state(self) -> dict[str, Any]:
+        """Give the position after the last rows."""
+        return self._batches.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue from a position."""
+        # Grain compares these pairs with tuples: as lists, a document would be lost.
+        slices = {k: tuple(v) for k, v in state["remainder_slices"].items()}
+        self._batches.set_state({**state, "remainder_slices": slices})
+
+
+def packed_rows(
+    documents: grain.MapDataset, tokenizer: Tokenizer, tokens: int
+) -> grain.IterDataset:
+    """Lay documents end to end, each behind a BOS, and cut rows of ``tokens``."""
+    bos = np.array([tokenizer.bos], np.int32)
+
+    def encode(text: bytes) -> dict[str, np.ndarray]:
+        return {"tokens": np.concatenate([bos, tokenizer.encode(text)])}
+
+    # Reading where we are is faster than Grain's threads; ``reader`` has its own.
+    here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    return grain.experimental.ConcatThenSplitIterDataset(
+        documents.map(encode).to_iter_dataset(here), length_struct={"tokens": tokens}
+    )
+
+
+def evaluation(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    batches: int,
+    *,
+    process_index: int,
+    process_count: int,
+) -> list[Batch]:
+    """Pack validation documents in their own order; give one process's rows."""
+    if batches < 1:
+        raise ValueError(f"evaluation(batches={batches}): must be at least 1")
+    packed = packed_rows(
+        grain.MapDataset.source(documents), tokenizer, config.seq_len + 1
+    )
+    rows = itertools.islice(iter(packed), batches * config.batch_size)
+    share = config.batch_size // process_count
+    mine = slice(process_index * share, (process_index + 1) * share)
+    return [
+        Batch(*(x[mine] for x in batch))
+        for batch in _padded(rows, tokenizer.pad, config)
+    ]
+
+
+def _padded(rows: Iterator[Any], pad: int, config: DataConfig) -> Iterator[Batch]:
+    """Stack rows into batches; the last one is filled up with empty rows."""
+    shape = (config.batch_size, config.seq_len + 1)
+    while some := list(itertools.islice(rows, config.batch_size)):
+        batch = Batch(*(np.zeros(shape, np.int32) for _ in Batch._fields))
+        for filled, row in enumerate(some):
+            for target, values in zip(batch, _batch(row), strict=True):
+                target[filled] = values
+        batch.tokens[batch.segments == 0] = pad
+        yield batch
+
+
+def _batch(packed: dict[str, np.ndarray]) -> Batch:
+    return Batch(
+        packed["tokens"], packed["tokens_segment_ids"], packed["tokens_positions"]
+    )
+
+
+def _tokenizer(config: DataConfig, splits: Splits) -> Tokenizer:
+    if config.tokenizer == "bytes":
+        return ByteTokenizer()
+    return trained_pairs(
+        (splits.train[i] for i in range(len(splits.train))),
+        vocab_size=config.vocab_size,
+        fingerprint=splits.train.fingerprint,
+        folder=cache_root(config.cache_dir) / "tokenizers",
+    )
+
+
+def _fingerprint(
+    config: DataConfig, splits: Splits, tokenizer: Tokenizer, seed: int
+) -> str:
+    parts = (
+        splits.train.fingerprint,
+        tokenizer.fingerprint,
+        config.seq_len,
+        config.batch_size,
+        seed,
+    )
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _check(
+    config: DataConfig, streams: int, seed: int, process_index: int, process_count: int
+) -> None:
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed={seed}: must be in 0..2**32-1")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process {process_index} of {process_count}: no such process")
+    if streams % process_count:
+        raise ConfigError(
+            f"data.batch_size={config.batch_size}: its rows come from {streams} streams"
+            f" (the common divisor with {MOST_STREAMS}), which {process_count}"
+            " processes cannot share; their number must divide both"
+        )
