@@ -59,8 +59,8 @@ class Entry(NamedTuple):
 
     @property
     def family(self) -> str:
-        """The part of the package that the method is in."""
-        return self.module.split(".")[1]
+        """The part of sparsejax that the method is in, or ``pallas_kernels``."""
+        return _part(self.module)
 
 
 class Test(NamedTuple):
@@ -132,7 +132,7 @@ def markdown(rows: list[Entry]) -> str:
 
 
 def _row(row: Entry) -> str:
-    module = row.module.split(".", 1)[1]
+    module = row.module.removeprefix("sparsejax.")
     function = f"{module}.{row.name}" if row.name else module
     test = row.test.rpartition("::")[2]
     users = ", ".join(f"`{Path(u).stem}`" for u in row.users[:3])
@@ -148,6 +148,11 @@ def _tree(path: Path) -> ast.Module:
 def _module_name(path: Path, root: Path) -> str:
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _part(module: str) -> str:
+    package, _, rest = module.partition(".")
+    return rest.split(".")[0] if package == "sparsejax" and rest else package
 
 
 def _words(node: ast.AST) -> set[str]:
@@ -236,7 +241,7 @@ def _of_module(
     path: Path, root: Path, tests: list[Test], users: dict[str, set[str]]
 ) -> Iterator[Entry]:
     module, tree = _module_name(path, root), _tree(path)
-    own_folder = f"/tests/{module.split('.')[1]}"
+    own_folder = f"/tests/{_part(module)}"
     near = [t for t in tests if _mirrors(t, module)]
     near.sort(key=lambda t: own_folder not in t.where)
     for name, docstring in _docstrings(tree):
@@ -286,17 +291,18 @@ def _aliases(name: str, path: Path, tree: ast.Module) -> set[str]:
 
 def _ranked(names: set[str], tests: list[Test]) -> list[Test]:
     """Tests that name a function: in their name, in their body, through a helper."""
-
-    def spelled(test: Test) -> bool:
-        title = f"_{test.where.rpartition('::')[2]}_"
-        return any(f"_{_snake(n)}_" in title for n in names)
-
+    spellings = [f"_{_snake(n)}_" for n in names]
+    spelled = [t for t in tests if any(s in f"{_title(t)}_" for s in spellings)]
     ranks = [
-        [t for t in tests if spelled(t) and names & t.indirect],
+        [t for t in spelled if names & t.indirect],
         [t for t in tests if names & t.direct],
         [t for t in tests if names & t.indirect],
     ]
     return list(dict.fromkeys(t for rank in ranks for t in rank))
+
+
+def _title(test: Test) -> str:
+    return test.where.rpartition("::")[2]
 
 
 def _snake(name: str) -> str:
