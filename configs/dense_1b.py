@@ -15,9 +15,7 @@ from configs import dense
 def get_config() -> ConfigDict:
     """Twenty layers of width 2048 over 4096 tokens, in bfloat16."""
     config = dense.get_config()
-    config.data.update(
-        seq_len=4096, batch_size=512, tokenizer="bpe", vocab_size=32_768
-    )
+    config.data.update(seq_len=4096, batch_size=512, tokenizer="bpe", vocab_size=32_768)
     config.model.update(
         depth=20, width=2048, heads=16, kv_heads=8, dtype="bfloat16", remat="full"
     )

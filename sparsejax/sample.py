@@ -1,4 +1,4 @@
-"""Sample from a trained model: ``python -m sparsejax.sample --workdir=… --prompt=…``."""
+"""Sample from a trained model: ``python -m sparsejax.sample --workdir=…``."""
 
 import argparse
 import json

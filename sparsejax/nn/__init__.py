@@ -1,6 +1,13 @@
 """Models composed of the families."""
 
 from sparsejax.nn.config import GatedConfig, LayerSpec, ModelConfig
-from sparsejax.nn.transformer import Hidden, Transformer
+from sparsejax.nn.transformer import Hidden, Transformer, rebalanced
 
-__all__ = ["GatedConfig", "Hidden", "LayerSpec", "ModelConfig", "Transformer"]
+__all__ = [
+    "GatedConfig",
+    "Hidden",
+    "LayerSpec",
+    "ModelConfig",
+    "Transformer",
+    "rebalanced",
+]

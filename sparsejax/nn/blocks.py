@@ -39,6 +39,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(width), axes="d")
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Normalise each token."""
         return rms_norm(x, self.scale[...])
 
 
@@ -49,7 +50,12 @@ class GatedFeedForward(nnx.Module):
     """
 
     def __init__(
-        self, config: GatedConfig, width: int, *, init_scale: float = 1.0, rngs: nnx.Rngs
+        self,
+        config: GatedConfig,
+        width: int,
+        *,
+        init_scale: float = 1.0,
+        rngs: nnx.Rngs,
     ) -> None:
         self.config = config
         init = jax.nn.initializers.lecun_normal()
@@ -62,8 +68,11 @@ class GatedFeedForward(nnx.Module):
     def __call__(
         self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
     ) -> Output:
+        """Transform each token by itself."""
         del valid  # a dense layer treats padding like any other token
-        gate, up, down = (w[...].astype(x.dtype) for w in (self.gate, self.up, self.down))
+        gate, up, down = (
+            w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)
+        )
         hidden = ACTIVATIONS[self.config.activation](x @ gate) * (x @ up)
         return Output(constrain(hidden, "b t f") @ down, {}, {})
 

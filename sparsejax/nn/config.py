@@ -71,7 +71,8 @@ class ModelConfig:
     def _check_memory(self) -> None:
         layers = self.memory_layers
         require(
-            all(0 <= x < self.depth for x in layers) and len(set(layers)) == len(layers),
+            all(0 <= x < self.depth for x in layers)
+            and len(set(layers)) == len(layers),
             "memory_layers",
             layers,
             f"must be distinct and below depth={self.depth}",

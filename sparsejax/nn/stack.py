@@ -77,10 +77,10 @@ class Stack(nnx.Module):
             asides, filled = [], []
             for graph, state, cache in zip(graphs, states, caches, strict=True):
                 block = nnx.merge(graph, _gathered(state))
-                output, cache = block(x, cache=cache, **context)
+                output, longer = block(x, cache=cache, **context)
                 x = output.value
                 asides.append((output.losses, output.metrics))
-                filled.append(cache)
+                filled.append(longer)
             return x, (asides, filled)
 
         x, (asides, filled) = jax.lax.scan(remat(body, self.remat), x, (states, caches))

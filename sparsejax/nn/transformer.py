@@ -7,13 +7,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.attention import Cache
+from sparsejax.moe import updated_bias
 from sparsejax.nn.blocks import RMSNorm
 from sparsejax.nn.config import ModelConfig, runs
 from sparsejax.nn.stack import Stack
 from sparsejax.partition import constrain
+from sparsejax.tree import map_with_path
 from sparsejax.typing import Array, Float, Int, PyTree
 
-__all__ = ["Hidden", "Transformer"]
+__all__ = ["Hidden", "Transformer", "rebalanced"]
 
 VOCABULARY_MULTIPLE = 64  # so that the table can be cut along any usual mesh axis
 
@@ -22,7 +24,9 @@ class Hidden(NamedTuple):
     """The last layer's normed output, and what the layers said beside it."""
 
     value: Float[Array, "b t d"]
-    losses: dict[str, Float[Array, ""]]  # weighted, averaged over the layers that have it
+    losses: dict[
+        str, Float[Array, ""]
+    ]  # weighted, averaged over the layers that have it
     metrics: dict[str, Array]  # leading axis: those layers, in order
     caches: PyTree
 
@@ -30,9 +34,7 @@ class Hidden(NamedTuple):
 class Transformer(nnx.Module):
     """A stack of blocks between an embedding and its (tied) transpose."""
 
-    def __init__(
-        self, config: ModelConfig, vocabulary: int, *, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, config: ModelConfig, vocabulary: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vocabulary = vocabulary
         rows = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -77,9 +79,7 @@ class Transformer(nnx.Module):
             filled.append(cache)
         losses, metrics = self._in_layer_order(asides)
         means = {k: jnp.mean(v) for k, v in losses.items()}
-        return Hidden(
-            self.norm(x), means, metrics, None if caches is None else filled
-        )
+        return Hidden(self.norm(x), means, metrics, None if caches is None else filled)
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Score every token of the (padded) vocabulary; padding scores -inf."""
@@ -131,3 +131,30 @@ def _joined(parts: list[tuple[list[int], Array]]) -> Array:
     layers = [layer for of, _ in parts for layer in of]
     order = sorted(range(len(layers)), key=layers.__getitem__)
     return jnp.concatenate([value for _, value in parts])[jnp.array(order)]
+
+
+def rebalanced(
+    config: ModelConfig, variables: PyTree, metrics: dict[str, Array]
+) -> PyTree:
+    """Move every router's bias by what its experts were given in a step.
+
+    Args:
+        config: the model's.
+        variables: its state that is not parameters.
+        metrics: of the step; ``moe/load`` has a row for each routed layer.
+    """
+    routed = [
+        n for n in range(config.depth) if config.layer(n).feed_forward == config.ffn
+    ]
+
+    def move(path: str, value: Array) -> Array:
+        parts = path.split("/")  # stacks/0/blocks/1/moe/bias
+        if parts[-1] != "bias":
+            return value
+        run = runs(config)[int(parts[1])]
+        first, period = run.start + int(parts[3]), len(run.period)
+        rows = [routed.index(first + n * period) for n in range(run.repeats)]
+        load = metrics["moe/load"][jnp.array(rows)]
+        return updated_bias(value, load, config.ffn.bias_rate)
+
+    return map_with_path(move, variables)

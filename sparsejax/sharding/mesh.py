@@ -44,7 +44,7 @@ class MeshConfig:
         """
         sizes = [getattr(self, name) for name in MESH_AXES]
         fixed = math.prod(size for size in sizes if size > 0)
-        text = " × ".join(f"{n}={getattr(self, n)}" for n in MESH_AXES)
+        text = " x ".join(f"{n}={getattr(self, n)}" for n in MESH_AXES)
         exact = fixed == devices if -1 not in sizes else devices % fixed == 0
         if not exact:
             raise ConfigError(

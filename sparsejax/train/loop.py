@@ -59,7 +59,7 @@ class Trainer:
         if rows % pieces:
             raise ConfigError(
                 f"config.data.batch_size={config.data.batch_size}: a micro-batch of"
-                f" {rows} rows must be divisible by the mesh's data × fsdp × expert"
+                f" {rows} rows must be divisible by the mesh's data x fsdp x expert"
                 f" = {pieces}"
             )
         if config.data.seq_len % mesh.shape["context"]:

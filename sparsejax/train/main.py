@@ -1,4 +1,7 @@
-"""The command line of ``train.py``: flags, a config, and then a run or an AOT report."""
+"""The command line of ``train.py``: flags and a config, then a run or an AOT report.
+
+JAX and the rest are imported late, so that ``--help`` and a wrong flag answer at once.
+"""
 
 import argparse
 import re
@@ -16,7 +19,7 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         prog="train.py",
         allow_abbrev=False,
-        description="Train a model, or compile its step for hardware that is not there.",
+        description="Train a model, or compile its step for absent hardware.",
         epilog="Any field of the config is a flag: --config.model.depth=8.",
     )
     flags.add_argument("--config", required=True, help="a file with get_config()")
@@ -39,7 +42,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
     Raises:
         ConfigError: if the config, an override or a flag is not legal.
     """
-    from sparsejax.train.config import Config
+    from sparsejax.train.config import Config  # noqa: PLC0415
 
     known, rest = parser().parse_known_args(argv)
     values = read(known.config)
@@ -69,13 +72,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(flags: argparse.Namespace, config: Any) -> int:
     if flags.aot is not None:
-        from sparsejax.train.aot import report
+        from sparsejax.train.aot import report  # noqa: PLC0415
 
         return report(config, flags.aot)
-    from sparsejax.train.distributed import initialize
-    from sparsejax.train.checkpoint import CheckpointError
-    from sparsejax.train.loop import NonFiniteError, train
-    from sparsejax.train.workdir import DiskError, format_summary
+    from sparsejax.train.checkpoint import CheckpointError  # noqa: PLC0415
+    from sparsejax.train.distributed import initialize  # noqa: PLC0415
+    from sparsejax.train.loop import NonFiniteError, train  # noqa: PLC0415
+    from sparsejax.train.workdir import DiskError, format_summary  # noqa: PLC0415
 
     process = initialize(flags.coordinator, flags.processes, flags.process_id)
     name = f"{Path(flags.config).stem}-{fingerprint(config)[:8]}"

@@ -55,7 +55,7 @@ def picture(config: Config) -> dict[str, np.ndarray]:
 
 
 def finish(config: Config, workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Draw the plots and write ``summary.json``; return the summary with their paths."""
+    """Draw the plots, write ``summary.json``, and return it with the plots' paths."""
     paths = write_plots(workdir, picture(config))
     summary = summary | {"plots": [str(path) for path in paths]}
     write_summary(workdir, summary)

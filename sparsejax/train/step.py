@@ -15,7 +15,7 @@ from flax import nnx
 
 from sparsejax import masked
 from sparsejax.data import Batch
-from sparsejax.nn import Transformer
+from sparsejax.nn import Transformer, rebalanced
 from sparsejax.partition import BATCH, constrain
 from sparsejax.train.config import Config
 from sparsejax.train.optim import make_optimizer, make_schedule
@@ -44,7 +44,7 @@ class Losses(NamedTuple):
 
 
 def statistics(names: Iterable[str]) -> list[str]:
-    """List the metrics that ``State.fault`` counts, in the order of their making."""
+    """List what ``State.fault`` counts, in the order of its making."""
     losses = sorted(name for name in names if name.startswith("loss/"))
     return ["loss", *losses, "gradient_norm", "update_norm"]
 
@@ -82,7 +82,7 @@ def token_losses(
     parts = jax.lax.map(
         lambda part: jax.checkpoint(sums)(*part), (cut(x), cut(targets), cut(weights))
     )
-    return jax.tree.map(lambda part: jnp.sum(part), parts)
+    return jax.tree.map(jnp.sum, parts)
 
 
 class Step:
@@ -130,13 +130,11 @@ class Step:
         hidden = model(
             tokens[:, :-1], positions=positions[:, :-1], segments=segments[:, :-1]
         )
-        # A token predicts the next one of its own document; 0 is padding.
-        real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
         losses = token_losses(
             model,
             hidden.value,
             tokens[:, 1:],
-            real.astype(jnp.float32),
+            _predicts(segments),
             token_bytes=self.token_bytes,
             chunk=self.config.train.loss_chunk,
         )
@@ -148,7 +146,7 @@ class Step:
 
     def train(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         """Take one optimiser step."""
-        losses, aside, grads, variables = self._gradients(state, batch)
+        losses, aside, grads = self._gradients(state, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float
             updates, opt = self.optimizer.update(grads, state.opt, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -156,6 +154,7 @@ class Step:
         scalars = {"loss": losses.nll / losses.tokens}
         scalars |= {f"loss/{name}": value for name, value in aside[0].items()}
         scalars |= {"gradient_norm": norms[0], "update_norm": norms[1]}
+        variables = rebalanced(self.config.model, state.variables, aside[1])
         step = state.step + 1
         values = jnp.stack([scalars[name] for name in statistics(scalars)])
         fault = _first_fault(state.fault, step, values)
@@ -165,42 +164,41 @@ class Step:
             metrics |= masked.metrics(masked.masks_of(opt), masked.masks_of(state.opt))
         return State(step, params, variables, opt, fault), metrics
 
-    def _gradients(self, state: State, batch: Batch) -> tuple[Losses, Any, Any, Any]:
+    def _gradients(self, state: State, batch: Batch) -> tuple[Losses, Any, PyTree]:
         """Sum over the micro-batches, as if they were one batch."""
         count = self.config.optim.accumulate
         segments = jnp.asarray(batch.segments)
-        real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-        total = jnp.sum(real.astype(jnp.float32))
+        total = jnp.sum(_predicts(segments))
 
-        def objective(params: PyTree, variables: PyTree, batch: Batch) -> Any:
+        def objective(params: PyTree, batch: Batch) -> Any:
             params = self._effective(params, state)
-            model = nnx.merge(self.graph, params, variables, copy=True)
+            model = nnx.merge(self.graph, params, state.variables, copy=True)
             losses, hidden = self._losses(model, batch)
             extra = sum(hidden.losses.values(), start=jnp.zeros(()))
             z = self.config.train.z_loss * losses.z
             value = (losses.nll + z) / total + extra / count
-            variables = nnx.state(model, nnx.Not(nnx.Param))
-            return value, (losses, (hidden.losses, hidden.metrics), variables)
+            return value, (losses, (hidden.losses, hidden.metrics))
 
         gradient = jax.grad(objective, has_aux=True)
         if count == 1:
-            grads, (losses, aside, variables) = gradient(
-                state.params, state.variables, batch
-            )
-            return losses, aside, grads, variables
+            grads, (losses, aside) = gradient(state.params, batch)
+            return losses, aside, grads
 
-        def body(carry: Any, part: Batch) -> Any:
-            grads, variables = carry
-            more, (losses, aside, variables) = gradient(state.params, variables, part)
-            return (jax.tree.map(jnp.add, grads, more), variables), (losses, aside)
+        def body(grads: PyTree, part: Batch) -> Any:
+            more, asides = gradient(state.params, part)
+            return jax.tree.map(jnp.add, grads, more), asides
 
-        start = jax.tree.map(jnp.zeros_like, state.params), state.variables
-        (grads, variables), (losses, aside) = jax.lax.scan(
-            body, start, _micro_batches(batch, count)
-        )
-        losses = jax.tree.map(lambda x: jnp.sum(x), losses)
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        grads, (losses, aside) = jax.lax.scan(body, zeros, _micro_batches(batch, count))
+        losses = jax.tree.map(jnp.sum, losses)
         aside = jax.tree.map(lambda x: jnp.mean(x, axis=0), aside)
-        return losses, aside, grads, variables
+        return losses, aside, grads
+
+
+def _predicts(segments: Int[Array, "b s"]) -> Float[Array, "b t"]:
+    """1 where a token has a successor in its own document; 0 is padding."""
+    real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    return real.astype(jnp.float32)
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:

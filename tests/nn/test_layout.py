@@ -41,7 +41,9 @@ def test_every_layer_is_in_exactly_one_run():
     memory = MemoryConfig(sub_keys=8, per_head=4)
     config = model(13, memory=memory, memory_layers=(1, 5, 9))
     layers = [
-        run.start + n for run in runs(config) for n in range(len(run.period) * run.repeats)
+        run.start + n
+        for run in runs(config)
+        for n in range(len(run.period) * run.repeats)
     ]
     assert layers == list(range(13))
 

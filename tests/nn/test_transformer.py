@@ -155,6 +155,8 @@ def test_an_untied_model_has_a_table_of_its_own(tokens):
 
 def test_letters_of_a_stacked_parameter_begin_with_l(model):
     state = nnx.state(model.stacks[0], nnx.Param)
-    letters = {x.axes.split()[0] for x in jax.tree.leaves(
-        state, is_leaf=lambda x: isinstance(x, nnx.Variable))}
+    letters = {
+        x.axes.split()[0]
+        for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+    }
     assert letters == {"l"}

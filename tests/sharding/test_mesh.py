@@ -13,7 +13,7 @@ def test_minus_one_takes_the_devices_that_are_left():
 
 
 def test_a_mesh_that_does_not_match_the_devices_says_so():
-    with pytest.raises(ConfigError, match=r"tensor=3 × context=1 does not match 8"):
+    with pytest.raises(ConfigError, match=r"tensor=3 x context=1 does not match 8"):
         MeshConfig(tensor=3).sizes(8)
 
 
@@ -44,7 +44,9 @@ def test_a_tree_is_cut_by_its_letters_and_the_rest_is_whole():
 
 def test_the_parameter_that_cannot_be_cut_is_named():
     mesh = make_mesh(MeshConfig(tensor=4))
-    with pytest.raises(ConfigError, match=r"mesh.tensor=4: must divide axis 'f' of w/up"):
+    with pytest.raises(
+        ConfigError, match=r"mesh.tensor=4: must divide axis 'f' of w/up"
+    ):
         check_divisible({"w": {"up": nnx.Param(jnp.zeros((4, 6)), axes="d f")}}, mesh)
 
 

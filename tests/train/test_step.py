@@ -2,10 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.train import toy
 
 from sparsejax.train.step import statistics
 from sparsejax.tree import leaves
+from tests.train import toy
 
 MESHES = {
     "data": {"data": 8},
@@ -39,9 +39,7 @@ def test_micro_batches_are_one_batch(alone):
     # Means over a micro-batch enter the balance loss, so it is left out here.
     plain = {"model": {**toy.TOY["model"], "ffn": {"kind": "gated", "hidden": 32}}}
     whole, _ = toy.losses(toy.toy(**plain), 6, toy.one_device())
-    cut, _ = toy.losses(
-        toy.toy(**plain, optim={"accumulate": 4}), 6, toy.one_device()
-    )
+    cut, _ = toy.losses(toy.toy(**plain, optim={"accumulate": 4}), 6, toy.one_device())
     np.testing.assert_allclose(cut, whole, rtol=0, atol=2e-6)
 
 

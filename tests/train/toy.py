@@ -1,5 +1,7 @@
 """A model small enough to compile in seconds, with a member of every pillar."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,12 +10,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sparsejax.config import convert
 from sparsejax.data import Batch
 from sparsejax.partition import BATCH
-from sparsejax.sharding.mesh import MeshConfig, make_mesh, shardings
+from sparsejax.sharding.mesh import make_mesh, shardings
 from sparsejax.train.config import Config
+from sparsejax.train.distributed import Process
 from sparsejax.train.step import Step, compiled
 
 VOCABULARY = 48
 ROWS, LENGTH = 16, 32
+ALONE = Process(0, 1)
 
 TOY = {
     "data": {"seq_len": LENGTH, "batch_size": ROWS},
@@ -50,6 +54,17 @@ def toy(**changes):
     for section, change in changes.items():
         values[section] = change if change is None else {**values[section], **change}
     return convert(Config, values)
+
+
+def with_section(config, **changes):
+    """Another config, ``section={field: value}`` changed."""
+    sections = {
+        name: type(getattr(config, name))(**change)
+        if name == "mesh"
+        else dataclasses.replace(getattr(config, name), **change)
+        for name, change in changes.items()
+    }
+    return dataclasses.replace(config, **sections)
 
 
 def batch(seed=0):
@@ -92,6 +107,3 @@ def losses(config, steps, devices=None):
 
 def one_device():
     return jax.devices()[:1]
-
-
-__all__ = ["MeshConfig", "batch", "losses", "one_device", "start", "toy"]

@@ -1,0 +1,171 @@
+import json
+import os
+import signal
+
+import jax
+import pytest
+
+from sparsejax.config import ConfigError
+from sparsejax.sharding.mesh import MeshConfig
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.loop import NonFiniteError, Trainer, _Loop, batch_share, train
+from sparsejax.train.metrics import MetricsLog, read_metrics
+from tests.train import toy
+
+TIMES = ("seconds",)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """Sixty short documents of English-like text."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(60):
+        line = f"Document {number} says: the quick brown fox jumps over {number} dogs. "
+        (folder / f"{number}.txt").write_text(line * (3 + number % 5))
+    return folder
+
+
+@pytest.fixture
+def config(corpus, tmp_path_factory):
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    data = {"files": [str(corpus / "*.txt")], "cache_dir": str(cache)}
+    short = {"steps": 8, "eval_batches": 2, "sample_tokens": 4}
+    plan = {"density": 0.5, "begin": 2, "end": 6, "every": 2}
+    return toy.toy(data=data, train=short, masked=plan, mesh={"data": 8})
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Where a module's uninterrupted run lives, once a test has made it."""
+    return tmp_path_factory.mktemp("straight")
+
+
+def figures(workdir):
+    """Every figure of a run's record but the times."""
+    return [
+        {k: v for k, v in row.items() if k not in TIMES}
+        for row in read_metrics(workdir)
+    ]
+
+
+def uninterrupted(config, workdir):
+    if not (workdir / "summary.json").exists():
+        train(config, workdir)
+    return figures(workdir)
+
+
+def test_a_run_leaves_what_it_promises(config, straight):
+    rows = uninterrupted(config, straight)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert {"loss", "tokens", "moe/load", "memory/usage", "masked/density"} <= set(
+        rows[0]
+    )
+    assert "eval/bits_per_byte" in rows[1]
+    assert rows[-1]["masked/density"] == pytest.approx(0.5, abs=0.01)
+    assert json.loads((straight / "config.json").read_text())["config"]["seed"] == 0
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["parameters_nonzero"] < summary["parameters_total"]
+    assert summary["parameters_active"] < summary["parameters_total"]
+    assert summary["sample"].startswith("The ")
+    plots = {path.name for path in (straight / "plots").glob("*.png")}
+    assert len(plots) >= 4
+    assert list((straight / "tensorboard").iterdir())
+
+
+class KilledError(Exception):
+    """Stands for a process that is no more."""
+
+
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_resumed_run_is_the_uninterrupted_run(
+    step, config, straight, tmp_path, monkeypatch
+):
+    take = Trainer.take_step
+
+    def deadly(self, state, batch):
+        if int(state.step) == step:
+            raise KilledError
+        return take(self, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", deadly)
+        with pytest.raises(KilledError):
+            train(config, tmp_path)
+    train(config, tmp_path)
+    assert figures(tmp_path) == uninterrupted(config, straight)
+
+
+def test_a_finished_run_is_only_summed_up_again(config, straight):
+    before = uninterrupted(config, straight)
+    assert train(config, straight)["finished"]
+    assert figures(straight) == before
+
+
+def test_a_terminated_run_saves_and_says_so(config, straight, tmp_path, monkeypatch):
+    write = MetricsLog.write
+
+    def terminated(self, step, values):
+        write(self, step, values)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", terminated)
+        assert train(config, tmp_path)["finished"] is False
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    assert checkpoints.latest() == 2
+    checkpoints.close()
+    train(config, tmp_path)
+    assert figures(tmp_path) == uninterrupted(config, straight)
+
+
+def test_a_checkpoint_of_one_mesh_loads_on_another(config, straight, corpus):
+    uninterrupted(config, straight)
+    states = []
+    for mesh in ({"data": 8}, {"data": 2, "expert": 2, "tensor": 2}):
+        other = toy.with_section(config, mesh=mesh)
+        grid = toy.make_mesh(other.mesh)
+        with jax.set_mesh(grid):
+            trainer = Trainer(other, grid)
+            checkpoints = Checkpoints(straight / "checkpoints", keep=1)
+            states.append(checkpoints.restore(trainer.abstract).state)
+            checkpoints.close()
+            trainer.data.train.close()
+    for one, two in zip(*map(jax.tree.leaves, states), strict=True):
+        assert (jax.device_get(one) == jax.device_get(two)).all()
+
+
+def test_a_number_that_is_not_finite_stops_the_run(config, tmp_path):
+    wild = toy.with_section(
+        config, optim={"learning_rate": 1e30, "warmup": 0, "clip": None}
+    )
+    with pytest.raises(NonFiniteError, match=r"step \d: \S+ is not finite .it went"):
+        train(wild, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_workdir_of_another_config_is_refused(config, straight):
+    uninterrupted(config, straight)
+    other = toy.with_section(config, optim={"learning_rate": 1e-2})
+    with pytest.raises(ConfigError, match=r"optim.learning_rate"):
+        train(other, straight)
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(config):
+    odd = toy.with_section(config, data={"batch_size": 12}, mesh={"data": 8})
+    with pytest.raises(ConfigError, match="batch_size=12: a micro-batch of 12 rows"):
+        Trainer(odd, toy.make_mesh(odd.mesh))
+
+
+def test_the_only_process_reads_every_row():
+    mesh = toy.make_mesh(MeshConfig(data=4, tensor=2))
+    rows = toy.NamedSharding(mesh, toy.PartitionSpec(toy.BATCH))
+    assert batch_share(rows, 16) == (0, 1)
+
+
+def test_a_loop_closes_even_if_it_never_started(config, tmp_path):
+    mesh = toy.make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        trainer = Trainer(config, mesh)
+        loop = _Loop(trainer, tmp_path, toy.ALONE, None)
+        loop.close()

@@ -1,0 +1,81 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsejax.config import to_dict
+from sparsejax.train.main import main, parse
+
+ROOT = Path(__file__).parents[2]
+CONFIG = str(ROOT / "configs" / "quickstart.py")
+
+
+def run(capsys, *flags):
+    """Exit status and the last line said on stderr."""
+    status = main([f"--config={CONFIG}", *flags])
+    return status, capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--config.model.dept=3",
+            "config.model.dept: no such field; did you mean 'depth'",
+        ),
+        ("--config.modle.depth=3", "config.modle: no such field; did you mean 'model'"),
+        ("--config.model.depth=x", "config.model.depth=x: expected int"),
+        ("--config.model.depth=-1", "config.model.depth=-1: must be positive"),
+        ("--config.model.kv_heads=3", "config.model.kv_heads=3: must divide heads=4"),
+        ("--config.data.seq_len=250", "config.data.seq_len=250: must be divisible by"),
+        ("--config.model.ffn.per_token=9", "config.model.ffn.per_token=9"),
+        ("--config.optim.name=adam", "config.optim.name='adam': no such name; did you"),
+        ("--config.optim.warmup=900", "config.optim.warmup=900: must not exceed"),
+        ("--config.masked.end=9000", "config.masked.end=9000"),
+        ("--config.model.attention.pattern=stream", "did you mean 'streaming_llm'"),
+        ("--config.mesh.tensor=3", "config.mesh: data=-1"),
+        ("--config.mesh.tensor=2", "must divide axis"),
+        ("--config.data.name=tiny_shakespear", "config.data.name='tiny_shakespear'"),
+        ("--worker=3", "--worker=3: no such flag; see --help"),
+        ("--config.seed", "--config.seed: needs a value"),
+        ("--profile=5", "--profile=5: must be START:STOP"),
+        ("--aot=tpu:v9:2x2", "--aot=tpu:v9:2x2: no such TPU"),
+        ("--aot=npu", "--aot=npu: no such platform"),
+        ("--processes=2", "coordinator"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(capsys, tmp_path, flag, message):
+    status, line = run(capsys, f"--workdir={tmp_path}", flag)
+    assert status == 2
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_config_that_is_not_there_is_named(capsys):
+    assert main(["--config=configs/nothing.py"]) == 2
+    assert "--config=configs/nothing.py: no such file" in capsys.readouterr().err
+
+
+def test_overrides_reach_the_config_with_and_without_an_equals_sign():
+    flags = [f"--config={CONFIG}", "--config.model.depth=6", "--config.seed", "7"]
+    _, config = parse(flags)
+    assert (config.model.depth, config.seed) == (6, 7)
+
+
+def test_a_section_can_be_left_out():
+    _, config = parse([f"--config={CONFIG}", "--config.masked=none"])
+    assert config.masked is None
+
+
+def test_help_is_fast_and_lists_the_flags():
+    command = [sys.executable, str(ROOT / "train.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "--workdir" in text
+    assert "--config.model.depth=8" in text
+
+
+def test_the_config_of_a_workdir_is_readable_json(tmp_path):
+    _, config = parse([f"--config={CONFIG}"])
+    assert json.loads(json.dumps(to_dict(config)))["model"]["memory_layers"] == [2]
