@@ -36,12 +36,6 @@ class DataConfig:
             "must be at least 2; one document in that many is held out",
         )
         require(
-            self.tokenizer in ("bytes", "bpe"),
-            "tokenizer",
-            self.tokenizer,
-            "must be 'bytes' or 'bpe'",
-        )
-        require(
             self.vocab_size >= 258,
             "vocab_size",
             self.vocab_size,

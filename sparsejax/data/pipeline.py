@@ -21,6 +21,7 @@ from sparsejax.data.tokenizer import ByteTokenizer, Tokenizer, trained_pairs
 __all__ = ["assemble"]
 
 MOST_STREAMS = 64  # processes that can share a batch
+KEPT_BYTES = 512 << 20  # tokens of a split that are kept in memory
 
 
 def assemble(
@@ -30,13 +31,13 @@ def assemble(
     count = math.gcd(config.batch_size, MOST_STREAMS)
     _check(config, count, seed, process_index, process_count)
     splits = open_documents(config)
-    tokenizer = _tokenizer(config, splits)
+    tokenizer = TOKENIZERS[config.tokenizer](config, splits.train)
     fingerprint = _fingerprint(config, splits, tokenizer, seed)
+    train = TokenDocuments(splits.train, tokenizer)
     share = count // process_count
     streams = {
         i: RowStream(
-            shuffled(splits.train, seed)[i::count],
-            tokenizer,
+            shuffled(train, seed)[i::count],
             rows=config.batch_size // count,
             tokens=config.seq_len + 1,
         )
@@ -54,16 +55,42 @@ def assemble(
         fingerprint=fingerprint,
         held_out=functools.partial(
             evaluation,
-            splits.validation,
-            tokenizer,
+            TokenDocuments(splits.validation, tokenizer),
             config,
+            pad=tokenizer.pad,
             process_index=process_index,
             process_count=process_count,
         ),
     )
 
 
-def shuffled(documents: Documents, seed: int) -> grain.MapDataset:
+class TokenDocuments:
+    """Documents as tokens behind a BOS; those that fit in memory are read once."""
+
+    def __init__(self, documents: Documents, tokenizer: Tokenizer):
+        self._documents = documents
+        self._tokenizer = tokenizer
+        self._dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+        self._kept: dict[int, np.ndarray] = {}
+        self._room = KEPT_BYTES
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        tokens = self._kept.get(index)
+        if tokens is None:
+            text = self._tokenizer.encode(self._documents[index])
+            tokens = np.insert(text, 0, self._tokenizer.bos).astype(self._dtype)
+            if tokens.nbytes <= self._room:
+                self._room -= tokens.nbytes
+                self._kept[index] = tokens
+        return {"tokens": tokens.astype(np.int32)}
+
+
+def shuffled(
+    documents: grain.sources.RandomAccessDataSource, seed: int
+) -> grain.MapDataset:
     """Every document once per epoch, in an order of that epoch's own, forever."""
     return grain.MapDataset.source(documents).seed(seed).shuffle().repeat(None)
 
@@ -71,15 +98,8 @@ def shuffled(documents: Documents, seed: int) -> grain.MapDataset:
 class RowStream:
     """Rows of packed documents; a ``reader.Stream``."""
 
-    def __init__(
-        self,
-        documents: grain.MapDataset,
-        tokenizer: Tokenizer,
-        *,
-        rows: int,
-        tokens: int,
-    ):
-        packed = packed_rows(documents, tokenizer, tokens)
+    def __init__(self, documents: grain.MapDataset, *, rows: int, tokens: int):
+        packed = packed_rows(documents, tokens)
         self._batches = iter(packed.batch(rows, drop_remainder=True))
 
     def __next__(self) -> Batch:
@@ -96,44 +116,32 @@ class RowStream:
         self._batches.set_state({**state, "remainder_slices": slices})
 
 
-def packed_rows(
-    documents: grain.MapDataset, tokenizer: Tokenizer, tokens: int
-) -> grain.IterDataset:
-    """Lay documents end to end, each behind a BOS, and cut rows of ``tokens``."""
-    bos = np.array([tokenizer.bos], np.int32)
-
-    def encode(text: bytes) -> dict[str, np.ndarray]:
-        return {"tokens": np.concatenate([bos, tokenizer.encode(text)])}
-
+def packed_rows(documents: grain.MapDataset, tokens: int) -> grain.IterDataset:
+    """Lay documents end to end and cut rows of ``tokens``."""
     # Reading where we are is faster than Grain's threads; ``reader`` has its own.
     here = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     return grain.experimental.ConcatThenSplitIterDataset(
-        documents.map(encode).to_iter_dataset(here), length_struct={"tokens": tokens}
+        documents.to_iter_dataset(here), length_struct={"tokens": tokens}
     )
 
 
 def evaluation(
-    documents: Documents,
-    tokenizer: Tokenizer,
+    documents: TokenDocuments,
     config: DataConfig,
     batches: int,
     *,
+    pad: int,
     process_index: int,
     process_count: int,
 ) -> list[Batch]:
     """Pack validation documents in their own order; give one process's rows."""
     if batches < 1:
         raise ValueError(f"evaluation(batches={batches}): must be at least 1")
-    packed = packed_rows(
-        grain.MapDataset.source(documents), tokenizer, config.seq_len + 1
-    )
+    packed = packed_rows(grain.MapDataset.source(documents), config.seq_len + 1)
     rows = itertools.islice(iter(packed), batches * config.batch_size)
     share = config.batch_size // process_count
     mine = slice(process_index * share, (process_index + 1) * share)
-    return [
-        Batch(*(x[mine] for x in batch))
-        for batch in _padded(rows, tokenizer.pad, config)
-    ]
+    return [Batch(*(x[mine] for x in batch)) for batch in _padded(rows, pad, config)]
 
 
 def _padded(rows: Iterator[Any], pad: int, config: DataConfig) -> Iterator[Batch]:
@@ -154,15 +162,20 @@ def _batch(packed: dict[str, np.ndarray]) -> Batch:
     )
 
 
-def _tokenizer(config: DataConfig, splits: Splits) -> Tokenizer:
-    if config.tokenizer == "bytes":
-        return ByteTokenizer()
+def _bytes(_: DataConfig, __: Documents) -> Tokenizer:
+    return ByteTokenizer()
+
+
+def _pairs(config: DataConfig, train: Documents) -> Tokenizer:
     return trained_pairs(
-        (splits.train[i] for i in range(len(splits.train))),
+        (train[i] for i in range(len(train))),
         vocab_size=config.vocab_size,
-        fingerprint=splits.train.fingerprint,
+        fingerprint=train.fingerprint,
         folder=cache_root(config.cache_dir) / "tokenizers",
     )
+
+
+TOKENIZERS = {"bytes": _bytes, "bpe": _pairs}
 
 
 def _fingerprint(

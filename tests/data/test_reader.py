@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sparsejax.config import ConfigError
-from sparsejax.data import Batch, merge_states
+from sparsejax.data import Batch, merge_states, pipeline
 
 
 def take(data, count):
@@ -65,7 +65,7 @@ def test_an_epoch_reads_every_training_document_once(open_small, batch_size):
     """The slow twin: streams, followed by hand, in the order of their documents."""
     data = open_small(batch_size=batch_size)
     streams = batch_size
-    rows = np.stack([batch.tokens for batch in take(data, 12800 // batch_size)])
+    rows = np.stack([batch.tokens for batch in take(data, 4000 // batch_size)])
     documents = []
     for stream in range(streams):
         text = rows[:, stream].reshape(-1)
@@ -76,7 +76,21 @@ def test_an_epoch_reads_every_training_document_once(open_small, batch_size):
     assert len(set(first)) == per_stream * streams
 
 
-def test_epochs_and_seeds_differ_in_order(open_small):
+def test_every_epoch_has_an_order_of_its_own():
+    order = pipeline.shuffled(range(50), seed=0)
+    first, second = ([order[i + 50 * epoch] for i in range(50)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+
+
+@pytest.mark.parametrize("room", [0, 3000])
+def test_text_that_does_not_fit_in_memory_is_read_again(open_small, monkeypatch, room):
+    expected = take(open_small(), 40)
+    monkeypatch.setattr(pipeline, "KEPT_BYTES", room)
+    assert_equal(take(open_small(), 40), expected)
+
+
+def test_seeds_differ_in_order(open_small):
     tokens = [take(open_small(seed=s), 1)[0].tokens for s in (0, 1)]
     assert (tokens[0] != tokens[1]).any()
 
