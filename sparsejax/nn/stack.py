@@ -9,7 +9,7 @@ from flax import nnx
 from sparsejax.nn.blocks import Block
 from sparsejax.nn.config import ModelConfig, Run
 from sparsejax.partition import ACTIVATIONS, constrain
-from sparsejax.typing import Array, Float, Output, PyTree
+from sparsejax.typing import Array, Float, PyTree
 
 policies = jax.checkpoint_policies
 POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -64,7 +64,7 @@ class Stack(nnx.Module):
 
     def __call__(
         self, x: Float[Array, "b t d"], caches: PyTree, context: dict[str, Any]
-    ) -> tuple[Float[Array, "b t d"], list[Output], PyTree]:
+    ) -> tuple[Float[Array, "b t d"], list[Any], PyTree]:
         """Return the value, each member's losses and metrics, and the filled caches.
 
         Losses and metrics have a leading axis over the repeats; the outputs' values are

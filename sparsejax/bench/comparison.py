@@ -1,0 +1,121 @@
+"""Train the small configs, a few seeds each, and compare them: the README's table.
+
+Each run is a row of ``results/comparison.csv``; runs that are there already, by the
+fingerprint of their config, are not run again.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
+from sparsejax.config import convert, fingerprint, override, read
+from sparsejax.train.config import Config
+from sparsejax.train.metrics import read_metrics
+
+CONFIGS = ("dense", "block_attention", "moe", "memory", "masked", "quickstart")
+KEPT = {
+    "eval/bits_per_byte": "bits_per_byte",
+    "eval/loss": "eval_loss",
+    "parameters_total": "parameters_total",
+    "parameters_active": "parameters_active",
+    "parameters_nonzero": "parameters_nonzero",
+    "useful_flops_per_token": "useful_flops_per_token",
+    "attention_density": "attention_density",
+    "peak_memory_bytes": "peak_memory_bytes",
+}
+COLUMNS = {
+    "config": "config",
+    "bits": "bits per byte",
+    "total": "parameters",
+    "nonzero": "non-zero",
+    "active": "active",
+    "flops": "useful MFLOPs a token",
+    "speed": "tokens/s",
+}
+
+
+def tokens_per_second(workdir: Path) -> float:
+    """Median speed between logged steps that no evaluation lies between."""
+    rows = read_metrics(workdir)
+    speeds = [
+        (now["tokens"] - before["tokens"]) / (now["seconds"] - before["seconds"])
+        for before, now in itertools.pairwise(rows)
+        if "eval/loss" not in before and "eval/loss" not in now
+    ]
+    return statistics.median(speeds)
+
+
+def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    """Train one config with one seed in a process of its own; give its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train.py", f"--config=configs/{name}.py"]
+        command += [f"--workdir={folder}/run", f"--config.seed={seed}", *overrides]
+        subprocess.run(command, cwd=ROOT, check=True)
+        workdir = Path(folder) / "run"
+        summary = json.loads((workdir / "summary.json").read_text())
+        speed = tokens_per_second(workdir)
+        steps = read_metrics(workdir)[-1]["step"]
+    row = {"config": name, "seed": seed, "steps": steps}
+    row["fingerprint"] = fingerprint_of(name, seed, overrides)
+    row |= {new: summary[old] for old, new in KEPT.items()}
+    return row | {"tokens_per_second": round(speed)} | provenance()
+
+
+def fingerprint_of(name: str, seed: int, overrides: list[str]) -> str:
+    """Fingerprint the config that a run will have."""
+    values = read(ROOT / "configs" / f"{name}.py")
+    for flag in [f"--config.seed={seed}", *overrides]:
+        path, _, text = flag.removeprefix("--config.").partition("=")
+        override(Config, values, path, text)
+    return fingerprint(convert(Config, values))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Summarise the rows: mean and range over seeds, in Markdown."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["config"]].append(row)
+    lines = []
+    for name, group in groups.items():
+        bits = [float(row["bits_per_byte"]) for row in group]
+        first = group[0]
+        speed = statistics.median(float(row["tokens_per_second"]) for row in group)
+        lines.append(
+            {
+                "config": f"`{name}`",
+                "bits": f"{statistics.mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})",
+                "total": f"{int(first['parameters_total']):,}",
+                "nonzero": f"{int(first['parameters_nonzero']):,}",
+                "active": f"{int(first['parameters_active']):,}",
+                "flops": f"{int(first['useful_flops_per_token']) / 1e6:.2f}",
+                "speed": f"{speed:,.0f}",
+            }
+        )
+    return markdown(lines, COLUMNS)
+
+
+def main(argv: list[str]) -> int:
+    """Run what is missing, and print the table."""
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.bench comparison")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--configs", nargs="+", default=CONFIGS)
+    flags, overrides = parser.parse_known_args(argv)
+    rows = read_rows("comparison")
+    for seed in range(flags.seeds):
+        for name in flags.configs:
+            if fingerprint_of(name, seed, overrides) in {
+                r["fingerprint"] for r in rows
+            }:
+                continue
+            rows.append(run(name, seed, overrides))
+            write_rows("comparison", rows)
+    sys.stdout.write(table(read_rows("comparison")) + "\n")
+    return 0
