@@ -288,7 +288,10 @@ def _meet(flag: str, place: Mapping[str, Any], limits: Mapping[str, Any]) -> Pro
     except (RuntimeError, ValueError) as error:
         watcher.dismiss()
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{flag}: the processes could not meet: {reason}") from None
+        raise ConfigError(
+            f"{flag}: the processes could not meet ({reason}); call initialize before"
+            " any device is used, or name --coordinator, --processes and --process_id"
+        ) from None
     process = Process(jax.process_index(), jax.process_count())
     watcher.words(_lost(process))
     atexit.register(_part, watcher)

@@ -7,6 +7,7 @@ that an uninterrupted one would have left.
 """
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -126,7 +127,7 @@ class Progress:
         steps: int,
         *,
         active: bool = True,
-        write: Callable[[str], None] | None = None,
+        stream: io.TextIOBase | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Prepare to count to ``steps``.
@@ -134,11 +135,11 @@ class Progress:
         Args:
             steps: where the run ends.
             active: whether this process says anything at all.
-            write: receives plain lines where stderr is no terminal; default: stderr.
+            stream: where it is said; default: stderr.
             clock: seconds.
         """
         self.steps, self.active, self.step = steps, active, 0
-        self._write = write or _say
+        self._stream: Any = sys.stderr if stream is None else stream
         self._clock = clock
         self._bar: tqdm | None = None
         self._unseen: Mapping[str, Any] | None = None
@@ -147,11 +148,11 @@ class Progress:
     def start(self, step: int) -> None:
         """Begin at ``step``: 0, or where a checkpoint was taken."""
         self.step = step
-        if self.active and sys.stderr.isatty():
+        if self.active and _is_terminal(self._stream):
             self._bar = tqdm(
                 total=self.steps,
                 initial=step,
-                file=sys.stderr,
+                file=self._stream,
                 dynamic_ncols=True,
                 bar_format="{n_fmt}/{total_fmt} |{bar:24}| {desc}",
             )
@@ -177,7 +178,7 @@ class Progress:
     def report(self, text: str) -> None:
         """Say something else, on a line of its own above the moving one."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(text, file=self._stream)
         elif self.active:
             self._write(text)
 
@@ -187,6 +188,10 @@ class Progress:
             self._bar.refresh()
             self._bar.close()
             self._bar = None
+
+    def _write(self, line: str) -> None:
+        self._stream.write(f"{line}\n")
+        self._stream.flush()
 
     def _describe(self, values: Mapping[str, Any]) -> str:
         """Loss, speed and time left; the speed is that of the recent past."""
@@ -332,9 +337,9 @@ def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
     raise ValueError(f"{path}, line {number}: not a line of metrics; delete it")
 
 
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-    sys.stderr.flush()
+def _is_terminal(stream: Any) -> bool:
+    """Whether it is a terminal that says how wide it is."""
+    return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
 
 
 def _short(value: float) -> str:

@@ -93,7 +93,14 @@ def loss_curves(axes: Axes, table: Table) -> Axes:
     """Training loss over tokens: every logged step, and its running mean."""
     seen = column(table, "loss")
     axes.plot(seen.tokens, seen.values, color=COLORS[0], alpha=0.4, linewidth=0.8)
-    axes.plot(seen.tokens, _running_mean(seen.values), color=COLORS[0], label="train")
+    axes.plot(
+        seen.tokens,
+        _running_mean(seen.values),
+        color=COLORS[0],
+        marker="o" if len(seen.values) == 1 else None,
+        markersize=3,
+        label="train",
+    )
     held_out = column(table, "eval/loss")
     if held_out.values.size:
         axes.plot(
@@ -156,7 +163,7 @@ def attention_pattern(axes: Axes, levels: np.ndarray, *, name: str = "") -> Axes
     axes.set_xlabel("key block")
     axes.set_ylabel("query block")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
     return axes
 
 
@@ -251,7 +258,7 @@ def _load_figure(table: Table) -> Figure | None:
         return None
     layers = _evenly(load.shape[1])
     rows, columns = _grid(len(layers))
-    figure = Figure(figsize=(1.4 + 3.1 * columns, 0.4 + 2.5 * rows))
+    figure = Figure(figsize=(1.4 + 3.1 * columns, 0.7 + 2.5 * rows))
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes, layer in zip(panels.flat, layers, strict=False):
         expert_load(axes, table, layer=layer)
@@ -262,7 +269,7 @@ def _load_figure(table: Table) -> Figure | None:
     )
     bar.set_ticks([0.25, 0.5, 1, 2, 4], labels=["1/4", "1/2", "1 (uniform)", "2", "4"])
     bar.minorticks_off()
-    bar.set_label("load of the expert / uniform share (black: no token)")
+    bar.set_label("load of the expert / uniform share\n(black: no token)")
     return figure
 
 
@@ -333,7 +340,7 @@ def _heat(axes: Axes, steps: np.ndarray, ratio: np.ndarray) -> None:
     )
     axes.grid(False)
     axes.invert_yaxis()
-    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     _over_steps(axes)
 
 
@@ -359,7 +366,7 @@ def _over_tokens(axes: Axes) -> Axes:
 
 def _over_steps(axes: Axes) -> Axes:
     axes.set_xlabel("step")
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     return axes
 
 

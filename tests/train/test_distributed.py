@@ -200,7 +200,7 @@ def test_a_port_that_is_taken_is_named():
 def test_devices_in_use_are_too_late_to_meet():
     jax.devices()
     with pytest.raises(
-        ConfigError, match=r"could not meet: jax.distributed.initialize"
+        ConfigError, match=r"could not meet .jax.distributed.initialize"
     ):
         initialize(f"localhost:{free_port()}", 2, 0)
 

@@ -1,9 +1,13 @@
 """The record of a run, its mirror in TensorBoard, the line of progress, the profile."""
 
+import contextlib
+import io
 import json
 import math
+import os
+import pty
 import struct
-import sys
+import termios
 
 import jax
 import jax.numpy as jnp
@@ -190,13 +194,13 @@ def take(progress, clock, steps, *, log_every=10, tokens=512, seconds=0.5):
 
 
 def test_without_a_terminal_each_logged_step_is_a_plain_line():
-    said, clock = [], Clock()
-    progress = Progress(40, write=said.append, clock=clock)
+    said, clock = io.StringIO(), Clock()
+    progress = Progress(40, stream=said, clock=clock)
     progress.start(0)
     take(progress, clock, range(1, 31))
     progress.report("saved")
     progress.close()
-    assert said == [
+    assert said.getvalue().splitlines() == [
         "step 10/40, loss 2.0000",
         "step 20/40, loss 2.0000, 1.02k tokens/s, 00:10 left",
         "step 30/40, loss 2.0000, 1.02k tokens/s, 00:05 left",
@@ -205,60 +209,101 @@ def test_without_a_terminal_each_logged_step_is_a_plain_line():
 
 
 def test_speed_is_that_of_the_recent_past():
-    said, clock = [], Clock()
-    progress = Progress(1000, write=said.append, clock=clock)
+    said, clock = io.StringIO(), Clock()
+    progress = Progress(1000, stream=said, clock=clock)
     progress.start(0)
     take(progress, clock, range(1, 101), log_every=1, seconds=9.0)
     take(progress, clock, range(101, 201), log_every=1, seconds=0.5)
-    assert said[-1] == "step 200/1000, loss 2.0000, 1.02k tokens/s, 06:40 left"
+    assert (
+        said.getvalue().splitlines()[-1]
+        == "step 200/1000, loss 2.0000, 1.02k tokens/s, 06:40 left"
+    )
 
 
 def test_a_resumed_run_counts_only_its_own_steps():
-    said, clock = [], Clock()
-    progress = Progress(140, write=said.append, clock=clock)
+    said, clock = io.StringIO(), Clock()
+    progress = Progress(140, stream=said, clock=clock)
     progress.start(100)
     take(progress, clock, range(101, 121))
-    assert said[-1] == "step 120/140, loss 2.0000, 1.02k tokens/s, 00:10 left"
+    assert (
+        said.getvalue().splitlines()[-1]
+        == "step 120/140, loss 2.0000, 1.02k tokens/s, 00:10 left"
+    )
 
 
 def test_evaluation_is_shown_and_nothing_needs_a_loss():
-    said = []
-    progress = Progress(2, write=said.append, clock=Clock())
+    said = io.StringIO()
+    progress = Progress(2, stream=said, clock=Clock())
     progress.start(0)
     progress.show({"loss": math.nan, "eval/bits_per_byte": 1.25, "tokens": 3})
     progress.update(1)
     progress.show({})
     progress.update(2)
-    assert said == ["step 1/2, loss nan, eval 1.2500 bits/byte", "step 2/2"]
+    assert said.getvalue() == "step 1/2, loss nan, eval 1.2500 bits/byte\nstep 2/2\n"
 
 
-def test_an_inactive_process_says_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress(2, active=False)
+class Terminal:
+    """A terminal of 90 columns: a stream to write to, and what it shows."""
+
+    def __init__(self):
+        self._screen, self.keyboard = pty.openpty()
+        os.set_blocking(self._screen, False)
+        self.stream = os.fdopen(self.keyboard, "w")
+        self.resize(90)
+
+    def resize(self, columns):
+        termios.tcsetwinsize(self.keyboard, (24, columns))
+
+    def read(self):
+        self.stream.flush()
+        with contextlib.suppress(BlockingIOError):
+            return os.read(self._screen, 2**16).decode().replace("\r\n", "\n")
+        return ""
+
+    def close(self):
+        self.stream.close()
+        os.close(self._screen)
+
+
+@pytest.fixture
+def terminal():
+    with contextlib.closing(Terminal()) as terminal:
+        yield terminal
+
+
+def test_an_inactive_process_says_nothing(terminal):
+    progress = Progress(2, active=False, stream=terminal.stream)
     progress.start(0)
     progress.show({"loss": 1.0})
     progress.update(1)
     progress.report("saved")
     progress.close()
-    assert capsys.readouterr() == ("", "")
+    assert terminal.read() == ""
 
 
-def test_on_a_terminal_messages_stand_above_the_moving_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    progress = Progress(20)
+def test_on_a_terminal_messages_stand_above_the_moving_line(terminal):
+    progress = Progress(20, stream=terminal.stream)
     progress.start(0)
     progress.show({"loss": 1.5})
     progress.update(10)
     progress.report("saved step 10")
     progress.update(20)
     progress.close()
-    out, err = capsys.readouterr()
-    assert out == ""
-    before, _, after = err.partition("saved step 10\n")
+    before, _, after = terminal.read().partition("saved step 10\n")
     # The moving line is wiped, so the message begins at an empty line.
     assert before.endswith("\r")
-    assert "20/20 |" in after
-    assert "loss 1.5000" in after
+    last = after.split("\r")[-1]
+    assert last.startswith("20/20 |")
+    assert last.endswith("| loss 1.5000\n")
+
+
+def test_a_terminal_of_unknown_width_gets_plain_lines(terminal):
+    terminal.resize(0)
+    progress = Progress(2, stream=terminal.stream)
+    progress.start(0)
+    progress.show({"loss": 1.5})
+    progress.update(1)
+    assert terminal.read() == "step 1/2, loss 1.5000\n"
 
 
 @pytest.mark.parametrize("spec", ["", "5", "a:b", "5:5", "6:5", "1:2:3", " 1:2"])
