@@ -74,18 +74,19 @@ def sparse(
             raise ValueError(
                 "params=None: masks need the weights; pass params to update"
             )
-        old = {path: mask[...] for path, mask in state.masks.items()}
+        active = _active(params, plan)
+        old = {path: state.masks[path][...] for path in active}
         stored = _stores_masked(plan)
         live = _where(old, updates) if stored else updates
         with _foreign():
             step = tx.update(live, state.inner, params, **extra)
-        (step, inner), new = _next(plan, state, step, updates, params)
+        (step, inner), new = _next(plan, active, state, step, (params, updates))
         if stored:
-            kept = {path: old[path] & new[path] for path in old}
+            kept = {path: old[path] & new[path] for path in active}
             step = _stay_zero(kept, step, params)
             inner = _where(kept, inner, _owners(inner, tree.leaves(params)))
-        masks: Any = {path: state.masks[path].replace(new[path]) for path in new}
-        return step, SparseState(state.step + 1, masks, inner)
+        changed: Any = {path: state.masks[path].replace(new[path]) for path in active}
+        return step, SparseState(state.step + 1, state.masks | changed, inner)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -121,10 +122,10 @@ def effective(params: PyTree, opt_state: PyTree, plan: MaskedConfig) -> PyTree:
     estimate = partial(masked.ESTIMATORS[plan.estimator], **plan.estimator_arguments)
     if _stores_masked(plan):
         estimate = straight_through
-    masks = masks_of(opt_state)
+    masks, active = masks_of(opt_state), _active(params, plan)
 
     def apply(path: str, x: Array) -> Array:
-        return estimate(x, masks[path][...]) if path in masks else x
+        return estimate(x, masks[path][...]) if path in active else x
 
     return tree.map_with_path(apply, params)
 
@@ -171,30 +172,40 @@ def _initial(
     return constrain(mask, target.axes, PARAMETERS)
 
 
+def _active(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
+    """Leave out what the plan keeps dense to the end: there, nothing is computed."""
+    found = targets(params, plan)
+    return {path: target for path, target in found.items() if not target.is_dense}
+
+
 def _next(
-    plan: MaskedConfig, state: SparseState, step: Any, grads: PyTree, params: PyTree
+    plan: MaskedConfig,
+    active: dict[str, Target],
+    state: SparseState,
+    step: Any,
+    given: tuple[PyTree, PyTree],
 ) -> tuple[Any, dict[str, Array]]:
     """Give the step that is taken and the masks after it.
 
     Args:
         plan: what to do.
+        active: to which parameters.
         state: before the step.
         step: what the wrapped optimiser would do: its updates and its next state.
-        grads: dense.
-        params: before the step.
+        given: the parameters before the step and their dense gradients.
     """
-    old = {path: mask[...] for path, mask in state.masks.items()}
+    old = {path: state.masks[path][...] for path in active}
     updater = masked.UPDATERS[plan.updater]
-    if updater is masked.UPDATERS["static"]:
+    if updater is masked.UPDATERS["static"] or not active:
         return step, old
 
     def change() -> tuple[Any, dict[str, Array]]:
         taken = step
         if updater in masked.REPLACES_STEP:
             taken = (jax.tree.map(jnp.zeros_like, step[0]), state.inner)
-        weights, updates, slopes = map(tree.leaves, (params, taken[0], grads))
+        weights, slopes, updates = map(tree.leaves, (*given, taken[0]))
         found = {}
-        for path, target in targets(params, plan).items():
+        for path, target in active.items():
             weight: Any = optax.apply_updates(weights[path], updates[path])
             seen = Evidence(weight, slopes[path], _keys(target, plan, state.step))
             found[path] = _changed(target, plan, state.step, old[path], seen)

@@ -39,6 +39,11 @@ class Target:
     structure: Structure
     ramp: Ramp
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all is kept to the end: there is nothing to mask, then or ever."""
+        return self.count(self.ramp.final) == math.prod(self.shape)
+
     def count(self, density: float) -> int:
         """Round a density to a number of weights that the structure can keep.
 
@@ -67,7 +72,8 @@ class Target:
     def moved(self, keep: Array, fraction: Array) -> Int[Array, ""]:
         """Count what moves when a fraction of the live weights does, rounded down."""
         quantum = self.structure.quantum(self.shape)
-        return jnp.floor(fraction * (keep // quantum)).astype(jnp.int32) * quantum
+        units = (keep // quantum).astype(jnp.float32)
+        return jnp.floor(fraction * units).astype(jnp.int32) * quantum
 
 
 def depth(letters: list[str]) -> int:

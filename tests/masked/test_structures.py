@@ -89,9 +89,7 @@ def test_blocks_are_constant_inside_and_the_best_by_mean():
     tiles = mask.reshape(4, 2, 4, 3)
     np.testing.assert_array_equal(tiles.all((1, 3)), tiles.any((1, 3)))
     means = scores.reshape(4, 2, 4, 3).mean((1, 3)).reshape(1, -1)
-    np.testing.assert_array_equal(
-        tiles.any((1, 3)).reshape(1, -1), slow_best(means, 5)
-    )
+    np.testing.assert_array_equal(tiles.any((1, 3)).reshape(1, -1), slow_best(means, 5))
 
 
 def test_block_tiles_the_last_axes():

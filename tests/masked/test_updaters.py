@@ -47,7 +47,9 @@ def test_the_count_survives_gradients_that_are_not_numbers(name):
 
 def test_prune_keeps_the_largest_of_the_live():
     mask, seen = start(STRUCTURES[0], 30), evidence(1)
-    after = UPDATERS["prune"](mask, seen, Rule(STRUCTURES[0], CRITERIA["magnitude"], 12))
+    after = UPDATERS["prune"](
+        mask, seen, Rule(STRUCTURES[0], CRITERIA["magnitude"], 12)
+    )
     assert not (after & ~mask).any()
     size = np.abs(np.asarray(seen.weight))
     assert size[after].min() >= size[mask & ~after].max()

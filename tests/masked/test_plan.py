@@ -1,0 +1,140 @@
+"""Plans: wrong ones die early and say why; right ones find their layers."""
+
+import jax.numpy as jnp
+import pytest
+
+from sparsejax.config import ConfigError, FieldError, convert
+from sparsejax.masked import MaskedConfig, sparse
+from sparsejax.masked.plan import targets
+from tests.masked.networks import DOWN, EXPERTS, TX, UP, network, plan
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"structure": "blocks"}, r"structure='blocks'.*did you mean 'block'"),
+        ({"criterion": "size"}, "criterion='size'"),
+        ({"initial_criterion": "rand"}, "did you mean 'random'"),
+        ({"allocation": "er"}, "did you mean 'erk'"),
+        ({"schedule": "cubik"}, "did you mean 'cubic'"),
+        ({"updater": "rigle"}, "did you mean 'rigl'"),
+        ({"estimator": "ste"}, "estimator='ste'"),
+        ({"density": 0.0}, r"density=0.0: must be in \(0, 1\]"),
+        ({"density": 1.5}, "density=1.5"),
+        ({"initial": 0.1}, "initial=0.1: must be at least density=0.25"),
+        ({"moved": 0.0}, "moved=0.0"),
+        ({"begin": -2}, "begin=-2: must not be negative"),
+        ({"end": 0}, "end=0: must be at least begin=2"),
+        ({"every": 0}, "every=0: must be positive"),
+        ({"end": 9}, "end=9: must be begin=2 plus a multiple of every=2"),
+        ({"seed": -1}, "seed=-1"),
+        ({"include": ("(",)}, r"include='\(': must be a regular expression"),
+        ({"exclude": ("(",)}, r"exclude='\(': must be a regular expression"),
+        ({"updater": "static"}, "nothing would follow schedule='cubic'"),
+        (
+            {"updater": "rigl", "estimator": "sr_ste"},
+            "updater='rigl': starts grown weights at 0",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_run_names_the_fault(changes, message):
+    with pytest.raises(FieldError, match=message):
+        plan(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"include": ("attn",)}, r"include='attn' matches no parameter.*ffn/up"),
+        ({"exclude": ("stack/",)}, r"exclude='stack/' matches no parameter"),
+        ({"exclude": ("stacks", "moe")}, "leave nothing to mask; there are embedding"),
+        (
+            {"structure": "n_of_m", "structure_arguments": {"m": 5}},
+            r"n_of_m\(m=5, axis=0\) needs that axis to be divisible",
+        ),
+        (
+            {"structure": "n_of_m", "structure_arguments": {"m": 4, "axis": "h"}},
+            "structure_arguments.axis='h' is no axis of moe/up, which has d f",
+        ),
+        (
+            {"structure": "block", "structure_arguments": {"tile": (5, 5)}},
+            r"block\(tile=\(5, 5\)\) must divide the last axes",
+        ),
+        ({"density": 0.001}, r"density=0.001 of .* rounds to no weight at all"),
+        (
+            {"moved": 0.001, "updater": "rigl"},
+            "moved=0.001 of the 16 weights that moe/up keeps is less than the 1",
+        ),
+        (
+            {"schedule": "constant", "initial_criterion": "gradient"},
+            "no gradient before the first step",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_parameters_says_so(changes, message, key):
+    with pytest.raises(ValueError, match=message):
+        sparse(TX["sgd"], plan(**changes)).init(network(key))
+
+
+def test_embeddings_norms_and_routers_stay_dense(key):
+    assert set(targets(network(key), plan())) == {UP, DOWN, EXPERTS}
+
+
+def test_names_decide_where_there_are_no_axes():
+    tree = {
+        name: jnp.ones((4, 4))
+        for name in ("token_embedding", "router", "query_norm", "keys", "key", "gate")
+    }
+    assert set(targets(tree, plan())) == {"key", "gate"}
+
+
+def test_a_filter_may_ask_for_what_is_dense_by_default(key):
+    chosen = plan(include=("embedding", "ffn"), exclude=("up$",))
+    assert set(targets(network(key), chosen)) == {"embedding", DOWN}
+
+
+def test_stacked_layers_and_experts_are_layers_of_their_own(key):
+    found = targets(network(key), plan())
+    assert (found[UP].stack, found[UP].shape) == ((2,), (8, 12))
+    assert (found[EXPERTS].stack, found[EXPERTS].shape) == ((3,), (8, 8))
+
+
+def test_an_axis_may_be_named_by_its_letter(key):
+    arguments = {"m": 4, "axis": "d"}
+    found = targets(
+        network(key), plan(structure="n_of_m", structure_arguments=arguments)
+    )
+    assert (found[UP].structure.axis, found[DOWN].structure.axis) == (0, 1)
+
+
+def test_erk_gives_every_path_its_density(key):
+    found = targets(network(key), plan(allocation="erk"))
+    counts = {p: x.count(x.ramp.final) for p, x in found.items()}
+    assert counts[EXPERTS] / 64 > counts[UP] / 96
+    total = 2 * counts[UP] + 2 * counts[DOWN] + 3 * counts[EXPERTS]
+    # each of seven layers rounds by at most half a weight
+    assert abs(total - 0.25 * (4 * 96 + 3 * 64)) <= 3.5
+
+
+def test_by_path_reaches_the_masks(key):
+    chosen = plan(
+        allocation="by_path", allocation_arguments={"densities": {"down": 0.5}}
+    )
+    found = targets(network(key), chosen)
+    assert (found[UP].ramp.final, found[DOWN].ramp.final) == (0.25, 0.5)
+
+
+def test_a_plan_comes_from_a_config_file():
+    given = {
+        "density": 0.5,
+        "structure": "block",
+        "structure_arguments": {"tile": [2, 2]},
+        "allocation": "by_path",
+        "allocation_arguments": {"densities": {"up": 0.5}},
+        "include": "ffn",
+    }
+    made = convert(MaskedConfig, given)
+    assert made.structure_arguments["tile"] == (2, 2)
+    assert made.include == ("ffn",)
+    with pytest.raises(ConfigError, match="config.densty: no such field"):
+        convert(MaskedConfig, {"densty": 0.5})
