@@ -53,7 +53,7 @@ def assemble(
         ),
         documents={split: len(d) for split, d in splits._asdict().items()},
         fingerprint=fingerprint,
-        held_out=functools.partial(
+        evaluation=functools.partial(
             evaluation,
             TokenDocuments(splits.validation, tokenizer),
             config,

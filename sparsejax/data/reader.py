@@ -152,15 +152,10 @@ class Data:
     train: TrainIterator
     documents: dict[str, int]  # how many, by split
     fingerprint: str  # equal if the same batches follow
-    held_out: Callable[[int], list[Batch]]
-
-    def evaluation(self, batches: int) -> list[Batch]:
-        """Give this process's rows of the first batches of validation text.
-
-        They are the same at every call, in every run, for every seed. Where the text
-        ends, rows are empty; there is no batch without any text.
-        """
-        return self.held_out(batches)
+    # The first so many batches of validation text, this process's rows: the same at
+    # every call, in every run, for every seed. Where the text ends, rows are empty;
+    # there is no batch without any text, so there may be fewer.
+    evaluation: Callable[[int], list[Batch]]
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -70,6 +70,8 @@ def test_a_tfds_text_is_read_by_name_and_field(config):
     held = data.tokenizer.decode(data.evaluation(1)[0].tokens.reshape(-1))
     assert "of 7" in held
     data.close()
+    again = open_data(named(config, "small_text_for_tests", "content"), seed=0)
+    assert again.fingerprint == data.fingerprint
 
 
 def test_a_tfds_text_without_a_second_split_holds_out_a_twentieth(config):
@@ -112,11 +114,21 @@ def no_network(request, monkeypatch):
         monkeypatch.delenv(name)
 
 
-@pytest.mark.parametrize("name", ["lm1b", "wikipedia/20230601.en"])
-def test_a_download_without_a_network_is_refused_in_seconds(config, no_network, name):
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("lm1b", "text"),
+        ("wikipedia/20230601.en", "text"),
+        ("gigaword", "document"),
+        ("pg19", "book_text"),  # the catalogue does not list its files
+    ],
+)
+def test_a_download_without_a_network_is_refused_in_seconds(
+    config, no_network, name, field
+):
     start = time.monotonic()
     with pytest.raises(ConfigError, match=r"cannot be reached; data.name='english'"):
-        open_data(named(config, name), seed=0)
+        open_data(named(config, name, field), seed=0)
     assert time.monotonic() - start < 5
 
 
