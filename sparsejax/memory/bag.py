@@ -113,7 +113,8 @@ def _map_tiles(
 ) -> Array:
     pieces = _split(ids, other, row=row)
     y = jax.lax.map(lambda piece: function(*piece), pieces)
-    return y.swapaxes(0, 1).reshape(-1, y.shape[-1])[: ids.shape[0]]
+    tiles, height, width = y.shape
+    return y.swapaxes(0, 1).reshape(tiles * height, width)[: ids.shape[0]]
 
 
 _bag = jax.custom_vjp(_sum_rows)

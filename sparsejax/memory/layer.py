@@ -6,80 +6,34 @@ and the softmax over hits are float32; values are summed in float32 and written 
 dtype of the input. Tables of ``m`` rows are read row by row, never as a whole.
 """
 
-from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.config import require
 from sparsejax.memory.bag import embedding_bag
+from sparsejax.memory.config import Lookup, MemoryConfig, MemoryPlusConfig
 from sparsejax.memory.lookup import Hits, product_key_top_k
 from sparsejax.memory.usage import usage
 from sparsejax.typing import Array, Bool, Float, Int, Output
 
-__all__ = ["MemoryConfig", "ProductKeyMemory", "ProductKeys", "merge_heads"]
+__all__ = [
+    "MemoryPlus",
+    "ProductKeyMemory",
+    "ProductKeys",
+    "ValuePool",
+    "Writer",
+    "merge_heads",
+    "normal",
+    "normalize",
+]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryConfig:
-    """A product-key memory that owns its values."""
-
-    sub_keys: int  # r: sub-keys per half; the memory has r * r slots
-    kind: Literal["product_key"] = "product_key"
-    heads: int = 4
-    per_head: int = 32  # slots that one head of one token reads
-    key_width: int = 256  # of both halves together
-    query_norm: Literal["layer", "rms", "none"] = "layer"
-    value_width: int | None = None  # None: the model's width
-    gate: Literal["none", "swilu"] = "none"  # silu(x W) times the value
-
-    def __post_init__(self) -> None:
-        check_lookup(self)
-        check_value_width(self.value_width)
-
-    @property
-    def slots(self) -> int:
-        """Rows of the value table."""
-        return self.sub_keys**2
+Norm = Literal["layer", "rms", "none"]
 
 
-@runtime_checkable
-class Lookup(Protocol):
-    """The fields that every config of a product-key lookup has."""
-
-    @property
-    def sub_keys(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def per_head(self) -> int: ...
-    @property
-    def key_width(self) -> int: ...
-
-
-def check_lookup(config: Lookup) -> None:
-    """Raise ``FieldError`` unless product-key lookup can run with these numbers."""
-    sub_keys, heads = config.sub_keys, config.heads
-    per_head, key_width = config.per_head, config.key_width
-    require(1 <= sub_keys <= 46340, "sub_keys", sub_keys, "must be in 1..46340")
-    require(heads >= 1, "heads", heads, "must be at least 1")
-    rule = f"must be in 1..{sub_keys**2}, the slots of sub_keys={sub_keys}"
-    require(1 <= per_head <= sub_keys**2, "per_head", per_head, rule)
-    rule = "must be even and at least 2; each half has its own sub-keys"
-    require(key_width >= 2 and key_width % 2 == 0, "key_width", key_width, rule)
-
-
-def check_value_width(value_width: int | None) -> None:
-    """Raise ``FieldError`` unless the width is a positive number or absent."""
-    rule = "must be at least 1, or none for the model's width"
-    require(value_width is None or value_width >= 1, "value_width", value_width, rule)
-
-
-def normalize(
-    x: Float[Array, "*rows c"], kind: Literal["layer", "rms", "none"]
-) -> Float[Array, "*rows c"]:
+def normalize(x: Float[Array, "*rows c"], kind: Norm) -> Float[Array, "*rows c"]:
     """Normalise the last axis in float32, without a scale: the other operand has it."""
     x = x.astype(jnp.float32)
     if kind == "none":
@@ -116,12 +70,28 @@ class ProductKeys(nnx.Module):
         self.keys = nnx.Param(keys, axes="h 2 r c")
 
     def __call__(
-        self, x: Float[Array, "n d"], *, k: int, norm: Literal["layer", "rms", "none"]
+        self,
+        x: Float[Array, "n d"],
+        *,
+        k: int,
+        norm: Norm,
+        gain: Float[Array, " h"] | None = None,
     ) -> Hits:
-        """Find the best slots of every head."""
-        x = x.astype(jnp.float32)
-        query = normalize(jnp.einsum("nd,dhc->nhc", x, self.query[...]), norm)
-        return product_key_top_k(query, self.keys[...], k=k)
+        """Find the best slots of every head.
+
+        Args:
+            k: slots per head.
+            norm: what is done to the query of each head.
+            gain: if given, each half of every query and key is divided by its root
+                mean square, and scores are multiplied by the gain of their head.
+        """
+        query = jnp.einsum("nd,dhc->nhc", x.astype(jnp.float32), self.query[...])
+        query, keys = normalize(query, norm), self.keys[...]
+        if gain is not None:
+            halves = query.reshape(*query.shape[:2], 2, keys.shape[-1])
+            query = normalize(halves, "rms").reshape(query.shape) * gain[None, :, None]
+            keys = normalize(keys, "rms")
+        return product_key_top_k(query, keys, k=k)
 
 
 class Writer(nnx.Module):
@@ -140,13 +110,11 @@ class Writer(nnx.Module):
         init_scale: float,
         rngs: nnx.Rngs,
     ):
-        self.gate = self.out = None
-        if gate == "swilu":
-            weight = normal(rngs.params(), (width, inner), width**-0.5)
-            self.gate = nnx.Param(weight, axes="d f")
-        if gate == "swilu" or inner != width:
-            weight = normal(rngs.params(), (inner, width), init_scale * inner**-0.5)
-            self.out = nnx.Param(weight, axes="f d")
+        gates, projects = gate == "swilu", gate == "swilu" or inner != width
+        weight = normal(rngs.params(), (width, inner), width**-0.5)
+        self.gate = nnx.Param(weight, axes="d f") if gates else None
+        weight = normal(rngs.params(), (inner, width), init_scale * inner**-0.5)
+        self.out = nnx.Param(weight, axes="f d") if projects else None
 
     def __call__(
         self, x: Float[Array, "n d"], read: Float[Array, "n f"]
@@ -193,6 +161,77 @@ class ProductKeyMemory(nnx.Module):
         hits = self.lookup(rows, k=config.per_head, norm=config.query_norm)
         weights = jax.nn.softmax(hits.scores)
         read = embedding_bag(self.values[...], *merge_heads(hits.ids, weights))
+        value = self.write(rows, read).reshape(x.shape)
+        return Output(
+            value, {}, usage(hits.ids, weights, slots=config.slots, valid=valid)
+        )
+
+
+class ValuePool(nnx.Module):
+    """The values that several ``MemoryPlus`` layers share."""
+
+    def __init__(
+        self,
+        config: MemoryPlusConfig,
+        width: int,
+        *,
+        init_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        inner = config.value_width or width
+        values = normal(rngs.params(), (config.slots, inner), init_scale * inner**-0.5)
+        self.values = nnx.Param(values, axes="m d")
+
+
+class MemoryPlus(nnx.Module):
+    """Read a pool of values that other layers read too; gate and project the result.
+
+    Queries and sub-keys are the layer's own. With ``qk_norm`` both are normalised, each
+    half by itself, so that no score exceeds ``key_width`` times the head's gain.
+
+    Source: Berges et al. 2024, arXiv:2412.09764, Sec. 2. Departure: queries and keys
+    are normalised per half, which keeps the lookup exact, with one learned gain per
+    head (the released code does not normalise them); the query has no bias.
+    """
+
+    def __init__(
+        self,
+        config: MemoryPlusConfig,
+        width: int,
+        *,
+        init_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.lookup = ProductKeys(config, width, rngs=rngs)
+        gain = jnp.full(config.heads, config.key_width**-0.5)
+        self.gain = nnx.Param(gain, axes="h") if config.qk_norm != "none" else None
+        self.write = Writer(
+            config.value_width or width,
+            width,
+            gate=config.gate,
+            init_scale=init_scale,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        pool: Float[Array, "m f"],
+        *,
+        valid: Bool[Array, "b t"] | None = None,
+    ) -> Output:
+        """Read ``pool``, the values of a ``ValuePool``, once for every token."""
+        config, rows = self.config, x.reshape(-1, x.shape[-1])
+        if pool.shape[0] != config.slots:
+            raise ValueError(
+                f"pool of {pool.shape[0]} slots: must have sub_keys^2 = {config.slots};"
+                " build it as ValuePool(config, width)"
+            )
+        gain = None if self.gain is None else self.gain[...]
+        hits = self.lookup(rows, k=config.per_head, norm="none", gain=gain)
+        weights = jax.nn.softmax(hits.scores)
+        read = embedding_bag(pool, *merge_heads(hits.ids, weights))
         value = self.write(rows, read).reshape(x.shape)
         return Output(
             value, {}, usage(hits.ids, weights, slots=config.slots, valid=valid)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparsejax.typing import Array, Bool, Float, Int
 
-__all__ = ["usage"]
+__all__ = ["entropy", "mean_of_valid", "usage"]
 
 
 def usage(
@@ -31,18 +31,31 @@ def usage(
     Source: Lample et al. 2019, arXiv:1907.05242, Sec. 4.
     """
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
-    counted = jnp.ones(ids.shape[0]) if valid is None else valid.reshape(-1)
-    counted = counted.astype(jnp.float32)[:, None, None]
-    total = jnp.zeros(slots, jnp.float32).at[ids].add(weights * counted)
-    heads = jnp.maximum(1, counted.sum() * ids.shape[1])
+    counted = _counted(valid, ids.shape[0])
+    total = jnp.zeros(slots, jnp.float32).at[ids].add(weights * counted[:, None, None])
     return {
         "usage": jnp.mean(total > 0, dtype=jnp.float32),
-        "usage_kl": jnp.log(float(slots)) - _entropy(total),
-        "entropy": jnp.sum(_entropy(weights) * counted[..., 0]) / heads,
+        "usage_kl": jnp.log(float(slots)) - entropy(total),
+        "entropy": mean_of_valid(entropy(weights).mean(-1), valid),
     }
 
 
-def _entropy(mass: Float[Array, "*rows k"]) -> Float[Array, "*rows"]:
+def entropy(mass: Float[Array, "*rows k"]) -> Float[Array, "*rows"]:
+    """Entropy in nats of the last axis, made to sum to one; 0 where there is none."""
     total = mass.sum(-1, keepdims=True)
     share = mass / jnp.where(total > 0, total, 1)
     return jax.scipy.special.entr(share).sum(-1)
+
+
+def mean_of_valid(
+    x: Float[Array, " n"], valid: Bool[Array, "b t"] | None
+) -> Float[Array, ""]:
+    """Mean over the tokens that count; 0 if there are none."""
+    counted = _counted(valid, x.shape[0])
+    return (x * counted).sum() / jnp.maximum(counted.sum(), 1)
+
+
+def _counted(valid: Bool[Array, "b t"] | None, tokens: int) -> Float[Array, " n"]:
+    if valid is None:
+        return jnp.ones(tokens)
+    return valid.reshape(-1).astype(jnp.float32)
