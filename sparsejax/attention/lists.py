@@ -97,7 +97,7 @@ def of_pattern(pattern: Pattern, grid: Grid, q_offset: int) -> Lists:
 
 def _chunk(pattern, grid, q_offset, rows, lows, widths) -> Lists:
     """Judge the candidate blocks of some rows; a block found twice counts once."""
-    found = []
+    found = [np.full((len(rows), 1), grid.columns)]
     for low, width in zip(lows, widths, strict=True):
         place = np.arange(int(width[rows].max()))[None]
         block = low[rows][:, None] + place

@@ -27,7 +27,7 @@ Table = Int[Array, "b h i j"] | Int[np.ndarray, "b h i j"]
 Counts = Int[Array, "b h i"] | Int[np.ndarray, "b h i"]
 Scalar = Int[Array, ""] | Int[np.ndarray, ""] | np.int32
 Choice = Int[Array, " h"] | Int[np.ndarray, " h"] | None
-Elements = Bool[Array, "b h t s"] | Bool[np.ndarray, "b h t s"] | None
+Elements = Bool[Array, "_ _ t s"] | Bool[np.ndarray, "_ _ t s"] | None
 Dense = Bool[Array, "*b t s"] | Bool[np.ndarray, "*b t s"]
 
 _STATIC = ("patterns", "block_q", "block_kv", "q_len", "kv_len")

@@ -52,8 +52,8 @@ class Pattern(ABC):
     """A rule ``(i, j) -> bool``; combine rules with ``&``, ``|`` and ``~``.
 
     >>> rule = causal() & ~sliding_window(2)
-    >>> bool(rule(5, 3)), bool(rule(5, 4)), bool(rule(5, 6))
-    (True, False, False)
+    >>> rule(np.array(5), np.array([3, 4, 5, 6]))
+    array([ True, False, False, False])
     """
 
     @abstractmethod

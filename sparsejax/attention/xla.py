@@ -280,9 +280,11 @@ def _attend_backward(score: _Score, saved, cotangent: Attended):
     keys, values = layout.kv_rows(k), layout.kv_rows(v)
     key_segments = _key_segments(segments, layout)
     dout = cotangent.values.astype("float32")
-    delta = (dout * attended.values).sum(axis=-1) - cotangent.lse.mT
-    # With +inf for a row that saw nothing, exp(logit - lse) is 0 and not NaN.
-    lse = jnp.where(jnp.isinf(attended.lse), jnp.inf, attended.lse).mT
+    # A row that saw nothing: with +inf, exp(logit - lse) is 0 and not NaN.
+    blind = jnp.isinf(attended.lse)
+    lse = jnp.where(blind, jnp.inf, attended.lse).mT
+    dlse = jnp.where(blind, 0, cotangent.lse).mT
+    delta = (dout * attended.values).sum(axis=-1) - dlse
     groups = k.shape[2]
     arrays = [
         layout.q_rows(x, groups)

@@ -1,0 +1,233 @@
+"""Block masks: the lists say exactly what the dense mask says."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsejax.attention import PATTERNS, BlockMask, Segments, causal, sliding_window
+from sparsejax.attention.lists import kind_map
+from sparsejax.attention.restrict import restrict
+from tests.attention.test_patterns import EXAMPLES, expressions
+
+SIZES = {"q_len": 21, "kv_len": 27, "block_q": 4, "block_kv": 6}
+
+
+def dense(pattern, *, q_len, kv_len, offset=0, **_):
+    i, j = np.arange(q_len)[:, None] + offset, np.arange(kv_len)[None]
+    return np.broadcast_to(pattern(i, j), (q_len, kv_len))
+
+
+def unfolded(mask, head=0):
+    """The dense mask of the lists, block by block."""
+    found = np.zeros((mask.grid.rows * mask.block_q, mask.grid.columns * mask.block_kv))
+    ids, count, full = (
+        np.asarray(x)[0, head] for x in (mask.ids, mask.count, mask.full)
+    )
+    for row in range(mask.grid.rows):
+        i = np.arange(row * mask.block_q, (row + 1) * mask.block_q)[:, None]
+        for place in range(count[row]):
+            block = int(ids[row, place])
+            j = np.arange(block * mask.block_kv, (block + 1) * mask.block_kv)[None]
+            rule = mask.pattern(i + int(mask.q_offset), j) & (j < mask.kv_len)
+            found[i, j] = True if place < full[row] else rule
+    return found[: mask.q_len, : mask.kv_len].astype(bool)
+
+
+kinds_of = jax.jit(lambda mask: mask.kinds())
+
+
+def check_lists(mask):
+    """Full blocks first, each block once, nothing beyond the table."""
+    ids, count, full = (np.asarray(x) for x in (mask.ids, mask.count, mask.full))
+    assert (full <= count).all()
+    assert (count <= ids.shape[-1]).all()
+    for row, live in zip(
+        ids.reshape(-1, ids.shape[-1]), count.reshape(-1), strict=True
+    ):
+        assert len(set(row[:live].tolist())) == live
+        assert ((row[:live] >= 0) & (row[:live] < mask.grid.columns)).all()
+
+
+@given(pattern=expressions, offset=st.integers(0, 9))
+def test_from_pattern_equals_the_dense_pattern(pattern, offset):
+    mask = BlockMask.from_pattern(pattern, **SIZES, q_offset=offset)
+    check_lists(mask)
+    expected = dense(pattern, **SIZES, offset=offset)
+    np.testing.assert_array_equal(unfolded(mask), expected)
+
+
+@pytest.mark.parametrize("name", sorted(PATTERNS))
+def test_a_traced_offset_gives_the_same_mask_as_a_static_one(name):
+    pattern = PATTERNS[name](**EXAMPLES[name])
+    static = BlockMask.from_pattern(pattern, **SIZES, q_offset=6)
+    traced = jax.jit(lambda n: BlockMask.from_pattern(pattern, **SIZES, q_offset=n))
+    traced = traced(jnp.int32(6))
+    check_lists(traced)
+    np.testing.assert_array_equal(unfolded(static), unfolded(traced))
+    np.testing.assert_array_equal(static.full, traced.full)
+    assert static.ids.shape[-1] <= traced.ids.shape[-1] == 5
+
+
+@pytest.mark.parametrize("name", sorted(PATTERNS))
+def test_no_listed_block_of_a_named_pattern_is_empty(name):
+    pattern = PATTERNS[name](**EXAMPLES[name])
+    mask = BlockMask.from_pattern(pattern, q_len=24, kv_len=24, block_q=4, block_kv=4)
+    some = dense(pattern, q_len=24, kv_len=24).reshape(6, 4, 6, 4).any((1, 3))
+    extra = (np.asarray(mask.kinds())[0, 0] > 0) & ~some
+    # Below the diagonal a stride and a tail are judged apart from "past": rarely both.
+    assert extra.sum() <= (2 if name in ("strided", "fixed") else 0)
+
+
+def test_a_tuple_of_patterns_gives_each_head_its_own():
+    heads = (causal(), sliding_window(3), causal())
+    mask = BlockMask.from_pattern(heads, **SIZES)
+    assert mask.ids.shape[1] == 3
+    assert mask.patterns == (causal(), sliding_window(3))
+    expected = np.stack([dense(pattern, **SIZES) for pattern in heads])
+    np.testing.assert_array_equal(mask.to_dense()[0], expected)
+    with pytest.raises(ValueError, match="2 patterns"):
+        _ = mask.pattern
+
+
+@pytest.mark.parametrize("shape", [(21, 27), (3, 21, 27), (2, 3, 21, 27)])
+@pytest.mark.parametrize("xp", [np, jnp])
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_from_dense_returns_the_mask_it_was_given(shape, xp, density):
+    given_mask = np.random.default_rng(0).random(shape) < density
+    given_mask[..., 4:8, :12] = True
+    mask = BlockMask.from_dense(xp.asarray(given_mask), block_q=4, block_kv=6)
+    check_lists(mask)
+    assert (np.asarray(mask.full)[:, :, 1] >= 2).all()
+    found = jax.jit(lambda m: m.to_dense())(mask)
+    np.testing.assert_array_equal(found, np.broadcast_to(given_mask, found.shape))
+
+
+def test_from_dense_works_on_traced_masks():
+    given_mask = np.random.default_rng(1).random((21, 27)) < 0.1
+
+    @jax.jit
+    def there_and_back(x):
+        return BlockMask.from_dense(x, block_q=4, block_kv=6).to_dense()
+
+    np.testing.assert_array_equal(there_and_back(given_mask)[0, 0], given_mask)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("pattern", [None, causal()])
+def test_from_blocks_keeps_the_chosen_blocks_and_drops_what_the_pattern_forbids(
+    pattern, traced
+):
+    rng = np.random.default_rng(2)
+    ids = np.stack([rng.permutation(5) for _ in range(12)]).reshape(1, 2, 6, 5)
+    count = rng.integers(0, 6, (1, 2, 6)).astype("int32")
+    count[0, 0, :2] = 0, 5
+
+    def build(ids, count):
+        return BlockMask.from_blocks(ids, count, **SIZES, pattern=pattern)
+
+    mask = (jax.jit(build) if traced else build)(ids.astype("int32"), count)
+    check_lists(mask)
+    chosen = np.zeros((1, 2, 6, 5), bool)
+    for at in np.ndindex(1, 2, 6):
+        chosen[(*at, ids[at][: count[at]])] = True
+    chosen = chosen.repeat(4, 2).repeat(6, 3)[:, :, :21, :27]
+    allowed = True if pattern is None else dense(pattern, **SIZES)
+    found = jax.jit(lambda m: m.to_dense())(mask)
+    np.testing.assert_array_equal(found, chosen & allowed)
+
+
+@jax.jit
+def kinds_both_ways(live):
+    mask = BlockMask.from_dense(live, block_q=4, block_kv=6)
+    return mask.kinds(), kind_map(mask.transpose(), mask.grid.rows)
+
+
+@given(seed=st.integers(0, 99), density=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]))
+def test_transposed_lists_hold_the_same_blocks(seed, density):
+    live = np.random.default_rng(seed).random((2, 2, 21, 27)) < density
+    live[:, 1, 4:12, 6:18] = True
+    kinds, turned = kinds_both_ways(live)
+    np.testing.assert_array_equal(kinds, turned.swapaxes(2, 3))
+
+
+def test_transpose_needs_room_for_the_longest_list():
+    mask = BlockMask.from_pattern(causal(), **SIZES)
+    with pytest.raises(ValueError, match=r"capacity=2.*read by 6"):
+        mask.transpose(capacity=2)
+    jitted = jax.jit(lambda m: m.transpose())(mask)
+    assert jitted.ids.shape == (1, 1, 5, 6)
+    np.testing.assert_array_equal(jitted.count[0, 0], [6, 5, 3, 2, 0])
+
+
+@given(seed=st.integers(0, 99))
+def test_restricting_to_segments_loses_no_visible_pair(seed):
+    rng = np.random.default_rng(seed)
+    q = np.sort(rng.integers(0, 4, (2, 21)), axis=1).astype("int32")
+    kv = np.sort(rng.integers(0, 4, (2, 27)), axis=1).astype("int32")
+    segments = Segments(jnp.asarray(q), jnp.asarray(kv))
+    mask = BlockMask.from_pattern(causal(), **SIZES)
+    tight = jax.jit(restrict)(mask, segments)
+    check_lists(tight)
+    same = (q[:, :, None] == kv[:, None, :]) & (q != 0)[:, :, None]
+    expected = dense(causal(), **SIZES) & same
+    kinds = np.asarray(kinds_of(tight.replace(patterns=())))[:, 0]
+    kinds = kinds.repeat(4, 1).repeat(6, 2)[:, :21, :27]
+    assert not (expected & (kinds == 0)).any()
+    full = kinds == 2
+    assert not (full & ~expected).any()
+
+
+def test_segments_in_order_leave_only_their_own_blocks():
+    documents = jnp.repeat(jnp.arange(1, 5, dtype="int32"), 8)[None]
+    mask = BlockMask.from_pattern(causal(), q_len=32, kv_len=32, block_q=8, block_kv=8)
+    tight = jax.jit(restrict)(mask, Segments(documents, documents))
+    np.testing.assert_array_equal(kinds_of(tight)[0, 0], np.eye(4, dtype="int8"))
+
+
+def test_density_counts_blocks():
+    mask = BlockMask.from_pattern(causal(), q_len=32, kv_len=32, block_q=8, block_kv=8)
+    assert mask.density() == 10 / 16
+    assert repr(mask) == "BlockMask(32 x 32 in 8 x 8 blocks, density 0.6250)"
+    assert mask.to_text() == "+...\n#+..\n##+.\n###+"
+
+
+def test_a_mask_is_a_tree_of_tables():
+    mask = BlockMask.from_pattern(causal(), **SIZES)
+    doubled = jax.tree.map(lambda x: x * 2, mask)
+    assert doubled.block_q == mask.block_q
+    np.testing.assert_array_equal(doubled.count, 2 * mask.count)
+    assert jax.tree.leaves(mask.axes()) == ["1 1 i j", "1 1 i", "1 1 i", ""]
+    drawn = []
+    jax.jit(lambda m: drawn.append(repr(m)))(mask)
+    assert drawn == ["BlockMask(21 x 27 in 4 x 6 blocks, traced)"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"ids": np.full((1, 1, 6, 2), 5, "int32")}, "0..4"),
+        ({"ids": np.full((1, 1, 6, 2), 3, "int32")}, "repeat within a row"),
+        ({"count": np.full((1, 1, 6), 3, "int32")}, "0..2, the width"),
+        ({"q_len": 25}, "has 7 rows"),
+        ({"block_q": 0}, "block_q=0"),
+    ],
+)
+def test_from_blocks_names_what_is_wrong(change, words):
+    given_values = {
+        "ids": np.tile(np.arange(2, dtype="int32"), (1, 1, 6, 1)),
+        "count": np.full((1, 1, 6), 2, "int32"),
+        **SIZES,
+    }
+    BlockMask.from_blocks(**given_values)
+    with pytest.raises(ValueError, match=words):
+        BlockMask.from_blocks(**given_values | change)
+
+
+def test_the_other_constructors_name_what_is_wrong():
+    with pytest.raises(ValueError, match="kv_len=0"):
+        BlockMask.from_pattern(causal(), q_len=1, kv_len=0, block_q=1, block_kv=1)
+    with pytest.raises(ValueError, match="at least one pattern"):
+        BlockMask.from_pattern((), **SIZES)

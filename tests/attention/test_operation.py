@@ -1,0 +1,350 @@
+"""Block-sparse attention: the fast path equals the definition, gradients included."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsejax.attention import (
+    Attended,
+    BlockMask,
+    Pattern,
+    Segments,
+    block_sparse_attention,
+    block_sparse_attention_and_lse,
+    causal,
+    fixed,
+    full,
+    sliding_window,
+    strided,
+)
+from sparsejax.attention.patterns import Cover, Span
+
+SIZES = {"q_len": 22, "kv_len": 29, "block_q": 4, "block_kv": 8}
+# Softmax of 29 float32 logits and its gradients: sums of some hundred rounded products.
+CLOSE = {"rtol": 2e-5, "atol": 5e-6}
+
+
+def some_dense(*lead):
+    live = np.random.default_rng(0).random((*lead, 22, 29)) < 0.15
+    live[..., 4:8, :16] = True  # full blocks
+    live[..., 9, :] = False  # an empty row in a live block
+    live[..., 12:16, :] = False  # an empty block row
+    live[..., :, 16:24] = False  # an empty block column
+    return live
+
+
+MASKS = {
+    "causal": lambda: BlockMask.from_pattern(causal(), **SIZES, q_offset=7),
+    "window": lambda: BlockMask.from_pattern(sliding_window(6), **SIZES),
+    "full": lambda: BlockMask.from_pattern(full(), **SIZES),
+    "heads": lambda: BlockMask.from_pattern(
+        (fixed(8, 2), strided(5), sliding_window(3), causal()), **SIZES, q_offset=7
+    ),
+    "dense": lambda: BlockMask.from_dense(some_dense(), block_q=4, block_kv=8),
+    "dense_heads": lambda: BlockMask.from_dense(some_dense(4), block_q=4, block_kv=8),
+    "dense_batch": lambda: BlockMask.from_dense(
+        some_dense(2, 1), block_q=4, block_kv=8
+    ),
+    "dense_all": lambda: BlockMask.from_dense(some_dense(2, 4), block_q=4, block_kv=8),
+    "blocks": lambda: BlockMask.from_blocks(
+        np.tile(np.array([2, 0], "int32"), (1, 1, 6, 1)),
+        np.array([[[0, 1, 2, 2, 1, 2]]], "int32"),
+        **SIZES,
+    ),
+}
+
+
+def arrays(key, *, b=2, t=22, s=29, h=4, g=2, c=8, dtype="float32"):
+    keys = jax.random.split(key, 3)
+    shapes = (b, t, h, c), (b, s, g, c), (b, s, g, c)
+    return [
+        jax.random.normal(k, shape).astype(dtype)
+        for k, shape in zip(keys, shapes, strict=True)
+    ]
+
+
+def weigh(attended):
+    """A scalar that depends unevenly on every value and every log-denominator."""
+    wave = jnp.cos(jnp.arange(attended.values.size, dtype="float32"))
+    values = attended.values.astype("float32") * wave.reshape(attended.values.shape)
+    seen = jnp.isfinite(attended.lse)
+    return values.sum() + jnp.where(seen, jnp.sin(attended.lse), 0).sum()
+
+
+def dense(q, k, v, mask):
+    """Attention as one would write it without a kernel, in the inputs' dtype."""
+    k, v = (x.repeat(q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    logits = jnp.einsum("bthc,bshc->bhts", q * q.shape[-1] ** -0.5, k)
+    logits = jnp.where(mask.to_dense(), logits, -jnp.inf)
+    weights = jax.nn.softmax(logits)
+    values = jnp.einsum("bhts,bshc->bthc", weights, v)
+    return Attended(values, jax.nn.logsumexp(logits, -1).astype("float32"))
+
+
+def both(q, k, v, mask, *, sinks=None, segments=None, implementation, **kwargs):
+    """Attended, and gradients by q, k, v and the sinks."""
+
+    @jax.jit
+    def run(q, k, v, sinks, mask, segments):
+        def loss(q, k, v, sinks):
+            if implementation == "dense":
+                attended = dense(q, k, v, mask)
+                return weigh(attended), attended
+            attended = block_sparse_attention_and_lse(
+                q,
+                k,
+                v,
+                mask,
+                sinks=sinks,
+                segments=segments,
+                implementation=implementation,
+                **kwargs,
+            )
+            return weigh(attended), attended
+
+        wanted = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
+        return jax.grad(loss, argnums=wanted, has_aux=True)(q, k, v, sinks)
+
+    gradients, attended = run(q, k, v, sinks, mask, segments)
+    return attended, gradients
+
+
+def assert_equal_trees(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+def packed(length, *cuts):
+    return jnp.searchsorted(jnp.array(cuts), jnp.arange(length), side="right").astype(
+        "int32"
+    )
+
+
+SEGMENTS = Segments(
+    jnp.stack([packed(22, 3, 9, 20), packed(22, 0, 22, 22)]),
+    jnp.stack([packed(29, 5, 11, 25), packed(29, 0, 30, 30)]),
+)
+
+
+@pytest.mark.parametrize("name", sorted(MASKS))
+def test_xla_equals_the_reference(name, key):
+    q, k, v = arrays(key)
+    fast = both(q, k, v, MASKS[name](), implementation="xla")
+    assert_equal_trees(fast, both(q, k, v, MASKS[name](), implementation="reference"))
+
+
+@pytest.mark.parametrize("name", ["causal", "heads", "dense_batch"])
+def test_xla_equals_the_reference_with_all_extras(name, key):
+    q, k, v = arrays(key)
+    extras = {"scale": 0.7, "softcap": 2.0, "segments": SEGMENTS}
+    extras["sinks"] = jnp.linspace(-1, 1, 4)
+    fast = both(q, k, v, MASKS[name](), implementation="xla", **extras)
+    slow = both(q, k, v, MASKS[name](), implementation="reference", **extras)
+    assert_equal_trees(fast, slow)
+
+
+@pytest.mark.parametrize(("h", "g"), [(4, 1), (6, 3)])
+@pytest.mark.parametrize("shared", [True, False])
+def test_grouped_heads_read_their_own_keys(h, g, shared, key):
+    q, k, v = arrays(key, h=h, g=g)
+    mask = BlockMask.from_pattern(causal() if shared else (causal(),) * h, **SIZES)
+    fast = both(q, k, v, mask, implementation="xla")
+    assert_equal_trees(fast, both(q, k, v, mask, implementation="reference"))
+
+
+def test_the_reference_equals_dense_attention_of_jax(key):
+    q, k, v = arrays(key, t=29)
+    mask = BlockMask.from_pattern(causal(), **SIZES | {"q_len": 29})
+    found = both(q, k, v, mask, implementation="reference")[0].values
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_sink_is_one_more_key_of_value_zero(implementation, key):
+    q, k, v = arrays(key, g=4)
+    mask, sinks = MASKS["full"](), jnp.array([-2.0, 0.0, 1.0, 3.0])
+    found, _ = both(q, k, v, mask, sinks=sinks, implementation=implementation)
+    logits = jnp.einsum("bthc,bshc->bhts", q, k) * 8**-0.5
+    column = jnp.broadcast_to(sinks[None, :, None, None], (2, 4, 22, 1))
+    logits = jnp.concatenate([logits, column], -1)
+    weights = jax.nn.softmax(logits)[..., :-1]
+    expected = Attended(
+        jnp.einsum("bhts,bshc->bthc", weights, v), jax.nn.logsumexp(logits, -1)
+    )
+    assert_equal_trees(found, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_rows_that_see_nothing_give_zero_and_receive_no_gradient(implementation, key):
+    q, k, v = arrays(key)
+    mask = MASKS["dense"]()
+    attended, gradients = both(q, k, v, mask, implementation=implementation)
+    dead = np.array([9, 12, 13, 14, 15])
+    assert (attended.values[:, dead] == 0).all()
+    assert (attended.lse[:, :, dead] == -np.inf).all()
+    assert (gradients[0][:, dead] == 0).all()
+    assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_a_row_that_sees_only_its_sink_gives_zero(key):
+    q, k, v = arrays(key)
+    mask, sinks = MASKS["dense"](), jnp.arange(4.0)
+    attended, gradients = both(q, k, v, mask, sinks=sinks, implementation="xla")
+    assert (attended.values[:, 9] == 0).all()
+    np.testing.assert_allclose(attended.lse[0, :, 9], sinks)
+    assert all(jnp.isfinite(g).all() for g in gradients)
+
+
+def test_dead_blocks_are_never_read(key):
+    q, k, v = arrays(key)
+    mask = MASKS["dense"]()
+    poison = jnp.zeros((1, 29, 1, 1)).at[:, 16:24].set(jnp.nan)
+    clean = both(q, k, v, mask, implementation="xla")
+    assert_equal_trees(
+        both(q, k + poison, v + poison, mask, implementation="xla"), clean
+    )
+
+
+def test_ids_past_the_count_are_never_read(key):
+    q, k, v = arrays(key)
+    mask = MASKS["dense_heads"]()
+    past = np.arange(mask.ids.shape[-1]) >= mask.count[..., None]
+    spoiled = mask.replace(ids=np.where(past, 2**30, mask.ids).astype("int32"))
+    clean = both(q, k, v, mask, implementation="xla")
+    assert_equal_trees(both(q, k, v, spoiled, implementation="xla"), clean)
+
+
+class Liar(Pattern):
+    """Says of every block that it is full, and of every element that it is hidden."""
+
+    least_offset = 0
+
+    def __call__(self, i, j):
+        return (i < 0) & (j < 0)
+
+    def cover(self, rows, columns):
+        some = rows.first <= rows.last
+        return Cover(some | (columns.first < 0), some | (columns.first < 0))
+
+    def reads(self, rows):
+        return [Span(0 * rows.first, 0 * rows.first + 10**6)]
+
+
+def test_full_blocks_never_ask_the_element_rule(key):
+    q, k, v = arrays(key, s=32)
+    mask = BlockMask.from_pattern(Liar(), **SIZES | {"kv_len": 32})
+    found = jax.jit(block_sparse_attention)(q, k, v, mask)
+    expected = jax.nn.dot_product_attention(q, k, v)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+def test_offsets_and_tables_may_be_traced(key):
+    q, k, v = arrays(key)
+
+    @jax.jit
+    def run(offset):
+        mask = BlockMask.from_pattern(sliding_window(6), **SIZES, q_offset=offset)
+        return block_sparse_attention(q, k, v, mask)
+
+    for offset in (0, 7):
+        mask = BlockMask.from_pattern(sliding_window(6), **SIZES, q_offset=offset)
+        expected = block_sparse_attention(q, k, v, mask, implementation="reference")
+        np.testing.assert_allclose(run(jnp.int32(offset)), expected, **CLOSE)
+    assert run._cache_size() == 1
+
+
+def test_documents_do_not_see_each_other(key):
+    q, k, v = arrays(key, b=1, t=29, g=2)
+    numbers = packed(29, 0, 10, 17)[None]
+    mask = BlockMask.from_pattern(causal(), **SIZES | {"q_len": 29})
+    attend = jax.jit(block_sparse_attention)
+    found = attend(q, k, v, mask, segments=Segments(numbers, numbers))
+    for part in (slice(0, 10), slice(10, 17), slice(17, 29)):
+        inputs = [x[:, part] for x in (q, k, v)]
+        alone = jax.nn.dot_product_attention(*inputs, is_causal=True)
+        np.testing.assert_allclose(found[:, part], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["causal", "heads"])
+def test_bfloat16_errs_little_more_than_dense_attention_in_bfloat16(name, key):
+    exact = [x.astype("bfloat16").astype("float32") for x in arrays(key)]
+    coarse = [x.astype("bfloat16") for x in exact]
+    mask = MASKS[name]()
+    truth, slopes = both(*exact, mask, implementation="reference")
+    fast, fast_slopes = both(*coarse, mask, implementation="xla")
+
+    rough, rough_slopes = both(*coarse, mask, implementation="dense")
+
+    def error(found, expected):
+        return jnp.square(found.astype("float32") - expected).mean() ** 0.5
+
+    assert fast.values.dtype == "bfloat16"
+    bound = 2 * error(rough.values, truth.values)
+    assert error(fast.values, truth.values) <= bound
+    for found, dense, expected in zip(fast_slopes, rough_slopes, slopes, strict=True):
+        assert found.dtype == "bfloat16"
+        assert error(found, expected) <= 3 * error(dense, expected)
+
+
+def test_no_array_is_as_large_as_the_score_matrix(key):
+    n = 256
+    q, k, v = arrays(key, b=1, t=n, s=n, c=4)
+    mask = BlockMask.from_pattern(
+        sliding_window(20), q_len=n, kv_len=n, block_q=16, block_kv=16
+    )
+
+    def loss(q, k, v):
+        return block_sparse_attention(q, k, v, mask, implementation="xla").sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    assert max(_sizes(jaxpr.jaxpr)) < n * n
+
+
+def _sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (x.aval.size for x in equation.outvars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            found = getattr(inner, "jaxpr", inner)
+            if hasattr(found, "eqns"):
+                yield from _sizes(found)
+
+
+def test_mapping_over_examples_equals_a_batch(key):
+    q, k, v = arrays(key)
+    mask = MASKS["heads"]()
+
+    def one(q, k, v):
+        return block_sparse_attention(q[None], k[None], v[None], mask)[0]
+
+    batch = jax.jit(block_sparse_attention)(q, k, v, mask)
+    np.testing.assert_allclose(jax.jit(jax.vmap(one))(q, k, v), batch, **CLOSE)
+
+
+Q, K = jnp.zeros((2, 22, 4, 8)), jnp.zeros((2, 29, 2, 8))
+NUMBERS = jnp.ones((2, 22), "int32")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"k": jnp.zeros((2, 29, 3, 8)), "v": jnp.zeros((2, 29, 3, 8))}, "4 .* 3 key"),
+        ({"q": Q.astype("bfloat16")}, "one dtype"),
+        (
+            {"mask": BlockMask.from_pattern(causal(), **SIZES | {"kv_len": 30})},
+            "22 x 30",
+        ),
+        ({"mask": BlockMask.from_pattern((causal(),) * 3, **SIZES)}, r"\(1, 3\)"),
+        ({"softcap": 0.0}, "softcap=0.0: must be positive"),
+        ({"implementation": "xlaa"}, "did you mean 'xla'"),
+        ({"segments": Segments(NUMBERS, NUMBERS)}, "need"),
+    ],
+)
+def test_a_call_that_does_not_fit_says_why(change, words):
+    call = {"q": Q, "k": K, "v": K, "mask": MASKS["causal"]()}
+    assert block_sparse_attention(**call).shape == Q.shape
+    with pytest.raises(ValueError, match=words):
+        block_sparse_attention(**call | change)
