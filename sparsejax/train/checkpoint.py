@@ -11,10 +11,8 @@ mesh, in any tree with the same paths; shapes and dtypes are never adapted.
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +31,7 @@ from sparsejax.train.manifest import (
     open_sealed,
     sealed,
 )
+from sparsejax.train.quiet import quieten_orbax
 from sparsejax.typing import PyTree
 
 __all__ = ["CheckpointError", "Checkpoints", "Restored"]
@@ -68,6 +67,7 @@ class Checkpoints:
         keep: how many of the newest stay; the very newest is never deleted.
         keep_best: how many of those with a loss stay besides, lowest loss first.
         report: called with one line for each checkpoint that is passed over.
+        read_only: whether the folder is left as it is; ``save`` is then an error.
 
     Raises:
         CheckpointError: if the folder cannot be made or written to.
@@ -80,6 +80,7 @@ class Checkpoints:
         keep: int,
         keep_best: int = 0,
         report: Callable[[str], None] = _log.warning,
+        read_only: bool = False,
     ) -> None:
         if keep < 1 or keep_best < 0:
             raise ConfigError(
@@ -88,13 +89,14 @@ class Checkpoints:
             )
         self.directory = epath.Path(directory).absolute()
         self.keep, self.keep_best, self.report = keep, keep_best, report
+        self.read_only = read_only
         self._losses: dict[int, float] = {}
         self._whole: set[int] = set()  # saved or checked by this object
         self._damaged: set[int] = set()  # seen to be damaged; replaced by later saves
         self._pending: int | None = None
-        _quieten_orbax()
+        quieten_orbax()
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not read_only:
             with _writing(self.directory):
                 self.directory.mkdir(parents=True, exist_ok=True)
                 probe = self.directory / ".writable"
@@ -108,7 +110,9 @@ class Checkpoints:
         return sorted(
             int(path.name)
             for path in self.directory.iterdir()
-            if path.name.isdecimal() and ocp.utils.is_checkpoint_finalized(path)
+            if path.name.isdecimal()
+            and path.is_dir()
+            and ocp.utils.is_checkpoint_finalized(path)
         )
 
     def latest(self) -> int | None:
@@ -146,25 +150,14 @@ class Checkpoints:
         if step in self._whole:
             return
         self._make_way(step)
-        arrays = _arrays(state)
-        body = {
-            "step": step,
-            "loss": loss if loss is not None and math.isfinite(loss) else None,
-            "config": config,
-            "data": data,
-            "arrays": describe(arrays),
-            "checksums": checksums(arrays),
-        }
-        # Orbax refuses arrays without elements; the manifest says all about them.
-        filled = {path: x for path, x in arrays.items() if x.size}
-        items = ocp.args.Composite(
-            arrays=ocp.args.StandardSave(filled),
-            manifest=ocp.args.JsonSave(sealed(body)),
-        )
-        self._pending = step
+        known = loss is not None and math.isfinite(loss)
+        document: dict[str, Any] = {"step": step, "loss": loss if known else None}
+        document |= {"config": config, "data": data}
+        items = _items(_arrays(state), document)
         with _writing(self._path(step)):
             self._orbax.save(self._path(step), args=items)
-        self._losses[step] = math.inf if body["loss"] is None else body["loss"]
+        self._pending = step
+        self._losses[step] = loss if loss is not None and known else math.inf
         if blocking:
             self.wait()
 
@@ -191,6 +184,7 @@ class Checkpoints:
                 return restored
             reasons.append(f"{candidate}: {reason}")
             self._damaged.add(candidate)
+            self._whole.discard(candidate)
             if candidate != steps[0]:
                 self.report(
                     f"checkpoint {self._path(candidate)} is damaged ({reason}); taking"
@@ -237,6 +231,8 @@ class Checkpoints:
 
         A run that fell back to an older checkpoint will pass the damaged ones again.
         """
+        if self.read_only:
+            raise CheckpointError(f"cannot save step {step}: opened as read_only")
         ahead = {s for s in self.steps() if s >= step}
         if ahead - self._damaged:
             raise CheckpointError(
@@ -333,6 +329,17 @@ def _arrays(state: PyTree) -> dict[str, Any]:
     return arrays
 
 
+def _items(arrays: dict[str, Any], document: dict[str, Any]) -> ocp.args.Composite:
+    """What Orbax is to write: the arrays, and the manifest that vouches for them."""
+    body = document | {"arrays": describe(arrays), "checksums": checksums(arrays)}
+    # Orbax refuses arrays without elements; the manifest says all about them.
+    filled = {path: x for path, x in arrays.items() if x.size}
+    return ocp.args.Composite(
+        arrays=ocp.args.StandardSave(filled),
+        manifest=ocp.args.JsonSave(sealed(body)),
+    )
+
+
 def _target(x: Any) -> jax.ShapeDtypeStruct:
     sharding = x.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -372,27 +379,3 @@ def _all(holds: bool) -> bool:
 def _meet(name: str) -> None:
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
-
-
-def _quieten_orbax() -> None:
-    """Let Orbax fail without noise: what goes wrong there is raised here, in one line.
-
-    It logs what it raises, and when one piece of an array cannot be read, the abandoned
-    reads of the others each print a page on their way out, at any later time.
-    """
-    logger = logging.getLogger("absl")
-    if _is_ours not in logger.filters:
-        logger.addFilter(_is_ours)
-        sys.unraisablehook = partial(_unless_abandoned_read, sys.unraisablehook)
-
-
-def _is_ours(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
-
-
-def _unless_abandoned_read(hook: Callable[[Any], Any], event: Any) -> None:
-    code = getattr(event.object, "cr_code", None)
-    abandoned = code is not None and "orbax" in code.co_filename
-    late = event.object is None and str(event.exc_value) == "Event loop is closed"
-    if not (abandoned or late):
-        hook(event)

@@ -75,8 +75,10 @@ def run(cfg, params, loss=quadratic, steps=STEPS):
     return params, state, traces
 
 
-@pytest.mark.parametrize("make", [state_of, dict_of])
-@pytest.mark.parametrize("name", sorted(OPTIMIZERS))
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [*((name, state_of) for name in sorted(OPTIMIZERS)), ("muon", dict_of)],
+)
 def test_optimizer_descends_a_quadratic_and_compiles_once(name, make):
     params = make(noise)
     cfg = config(name=name, learning_rate=RATES[name], clip=None)
@@ -92,7 +94,7 @@ def test_optimizer_descends_a_quadratic_and_compiles_once(name, make):
 def test_optimizer_keeps_the_tree_of_the_parameters(name):
     params = state_of(noise)
     tx = make_optimizer(config(name=name), STEPS, params)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates = jax.eval_shape(lambda p: tx.update(p, tx.init(p), p)[0], params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
@@ -100,9 +102,9 @@ def test_optimizer_keeps_the_tree_of_the_parameters(name):
 def test_optimizer_is_built_from_shapes_alone(name):
     shapes = jax.eval_shape(lambda: state_of(noise))
     tx = make_optimizer(config(name=name), STEPS, shapes)
-    assert jax.tree.structure(jax.eval_shape(tx.init, shapes)) == jax.tree.structure(
-        tx.init(state_of(noise))
-    )
+    state = jax.eval_shape(tx.init, state_of(noise))
+    again = jax.eval_shape(tx.init, shapes)
+    assert jax.tree.structure(again) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
@@ -132,12 +134,17 @@ def test_adamw_is_that_of_optax():
     )
     params = dict_of(noise)
     after, _, _ = run(cfg, params, steps=5)
+    tx = optax.adamw(make_schedule(cfg, STEPS), b2=0.95, eps=1e-6, weight_decay=0.1)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(quadratic)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
     with jax.numpy_dtype_promotion("standard"):
-        tx = optax.adamw(make_schedule(cfg, STEPS), b2=0.95, eps=1e-6, weight_decay=0.1)
-        state = tx.init(params)
+        state = jax.jit(tx.init)(params)
         for _ in range(5):
-            updates, state = tx.update(jax.grad(quadratic)(params), state, params)
-            params = optax.apply_updates(params, updates)
+            params, state = step(params, state)
     for path, leaf in leaves(after).items():
         np.testing.assert_allclose(leaf, leaves(params)[path], rtol=1e-5, atol=1e-6)
 
@@ -146,7 +153,7 @@ def test_clip_bounds_the_norm_of_the_gradient():
     params = dict_of(noise)
     cfg = config(name="sgd", clip=0.01, warmup=0, schedule="constant")
     tx = make_optimizer(cfg, STEPS, params)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates = jax.jit(lambda p: tx.update(p, tx.init(p), p)[0])(params)
     assert float(optax.tree.norm(updates)) == pytest.approx(0.1 * 0.01, rel=1e-5)
 
 
@@ -182,7 +189,7 @@ def orthogonalised(gradients):
 def muon_updates(params):
     cfg = config(name="muon", warmup=0, schedule="constant", clip=None)
     tx = make_optimizer(cfg, STEPS, params)
-    updates, _ = tx.update(params, tx.init(params), params)
+    updates = jax.jit(lambda p: tx.update(p, tx.init(p), p)[0])(params)
     return {path: -10.0 * np.asarray(u) for path, u in leaves(updates).items()}
 
 
