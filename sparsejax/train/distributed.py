@@ -114,11 +114,19 @@ def initialize(
 
 
 @contextlib.contextmanager
-def together(process: Process) -> Iterator[None]:
+def together(
+    process: Process, *, plain: tuple[type[Exception], ...] = ()
+) -> Iterator[None]:
     """End this process at once if the block fails, so that no other waits for it.
 
     Python's own way out would wait minutes for the others, which wait for this one.
-    With a single process, errors pass as ever.
+    With a single process, errors pass as ever. The exit status is 2 for a
+    ``ConfigError`` and 1 for anything else.
+
+    Args:
+        process: this one.
+        plain: errors whose message says all; like a ``ConfigError``, they are told in
+            one line, all others with their traceback.
     """
     try:
         yield
@@ -129,6 +137,8 @@ def together(process: Process) -> Iterator[None]:
     except BaseException as error:
         if process.count == 1:
             raise
+        if isinstance(error, (ConfigError, *plain)):
+            _leave(2 if isinstance(error, ConfigError) else 1, f"error: {error}")
         _fail(process, error)
 
 
@@ -344,8 +354,6 @@ def _part(watcher: _Watcher) -> None:
 
 
 def _fail(process: Process, error: BaseException) -> NoReturn:
-    if isinstance(error, ConfigError):
-        _leave(2, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
         _leave(130, f"error: process {process.index} of {process.count} interrupted")
     traceback.print_exception(error)

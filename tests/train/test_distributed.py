@@ -162,15 +162,18 @@ def test_a_failure_in_one_process_is_told_and_ends_both_at_once():
     assert healthy.err[-1].startswith("error: process 0 of 2 ended because another")
 
 
-def test_a_config_that_cannot_run_is_one_line_in_the_process_that_knows():
-    knows, _ = run_two("""
+@pytest.mark.parametrize(("error", "status"), [("ConfigError", 2), ("OSError", 1)])
+def test_an_error_meant_for_the_user_is_one_line_in_the_process_that_knows(
+    error, status
+):
+    knows, _ = run_two(f"""
         from sparsejax.config import ConfigError
-        with distributed.together(process):
+        with distributed.together(process, plain=(OSError,)):
             if process.index == 0:
-                raise ConfigError("--workdir=x: is a file")
+                raise {error}("--workdir=x: is a file")
             distributed.barrier("never")
     """)
-    assert knows.status == 2
+    assert knows.status == status
     assert [line for line in knows.err if "[Gloo]" not in line] == [
         "error: --workdir=x: is a file"
     ]
