@@ -278,6 +278,11 @@ def test_schedule_ends_at_its_final_fraction_and_stays_there(schedule, final):
     assert float(at(99)) >= float(at(100))
 
 
+def test_cosine_is_half_way_down_at_half_time():
+    at = make_schedule(config(schedule="cosine", warmup=20, final=0.2), 100)
+    assert float(at(60)) == pytest.approx(0.1 * 0.6)
+
+
 def test_wsd_is_flat_until_its_decay():
     at = make_schedule(config(schedule="wsd", decay=0.25, final=0.0), 100)
     values = np.array([at(step) for step in range(101)])
