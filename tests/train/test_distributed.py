@@ -162,21 +162,46 @@ def test_a_failure_in_one_process_is_told_and_ends_both_at_once():
     assert healthy.err[-1].startswith("error: process 0 of 2 ended because another")
 
 
-@pytest.mark.parametrize(("error", "status"), [("ConfigError", 2), ("OSError", 1)])
-def test_an_error_meant_for_the_user_is_one_line_in_the_process_that_knows(
-    error, status
+class Left(BaseException):
+    """Stands for the end of the process, which a test had better survive."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "last"),
+    [
+        (ConfigError("--workdir=x: a file"), 2, "error: --workdir=x: a file"),
+        (OSError("disk full"), 1, "error: disk full"),
+        (KeyboardInterrupt(), 130, "error: process 1 of 2 interrupted"),
+        (SystemExit("no"), 1, "no"),
+        (SystemExit(3), 3, "3"),
+        (ValueError("Gloo AllGather failed"), 1, "error: process 1 of 2 ended because"),
+        (
+            ValueError("a bug"),
+            1,
+            "error: process 1 of 2 failed (ValueError, see above)",
+        ),
+    ],
+    ids=repr,
+)
+def test_each_failure_has_its_last_line_and_status(
+    monkeypatch, capsys, error, status, last
 ):
-    knows, _ = run_two(f"""
-        from sparsejax.config import ConfigError
-        with distributed.together(process, plain=(OSError,)):
-            if process.index == 0:
-                raise {error}("--workdir=x: is a file")
-            distributed.barrier("never")
-    """)
-    assert knows.status == status
-    assert [line for line in knows.err if "[Gloo]" not in line] == [
-        "error: --workdir=x: is a file"
-    ]
+    def leave(code):
+        raise Left(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left) as left, together(Process(1, 2), plain=(OSError,)):
+        raise error
+    assert left.value.args == (status,)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(last)
+    told_whole = type(error) is ValueError  # a traceback, for what is no user's fault
+    assert (len(said) > 1) == told_whole
+
+
+def test_a_good_exit_among_several_processes_is_no_failure():
+    with pytest.raises(SystemExit), together(Process(1, 2)):
+        raise SystemExit(0)
 
 
 def test_a_meeting_without_the_others_ends_with_a_clear_line():
