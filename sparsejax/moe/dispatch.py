@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from sparsejax.config import near
 from sparsejax.moe.experts import ACTIVATIONS, GatedExperts, batched, grouped
@@ -37,6 +38,9 @@ __all__ = [
 Dispatcher = Callable[..., Array]
 Activation = Callable[[Array], Array]
 
+# Expert and slot are sorted as one int32, which is fast, as long as they fit.
+_PACKED = 2**31
+
 
 class _Order(NamedTuple):
     """Slots sorted by expert; skipped ones last."""
@@ -52,14 +56,15 @@ def _sort(chosen: Int[Array, "n k"], experts: int) -> _Order:
     count = keys.shape[0]
     number = jnp.arange(count, dtype=jnp.int32)
     bits = max(count - 1, 1).bit_length()
-    if (experts + 1) << bits <= 2**31:  # expert and slot fit one integer: one key
+    if (experts + 1) << bits <= _PACKED:
         slots = jnp.sort((keys << bits) | number) & (2**bits - 1)
     else:
         slots = jnp.argsort(keys, stable=True).astype(jnp.int32)
     places = jnp.zeros_like(slots).at[slots].set(number, unique_indices=True)
-    expert = jnp.arange(experts, dtype=jnp.int32)
-    sizes = (keys[None] == expert[:, None]).sum(axis=1, dtype=jnp.int32)
-    return _Order(slots, places, sizes, keys)
+    bounds = jnp.searchsorted(keys[slots], jnp.arange(experts + 1, dtype=jnp.int32))
+    order = _Order(slots, places, jnp.diff(bounds).astype(jnp.int32), keys)
+    # Few bytes and a sort to compute: worth keeping under rematerialisation.
+    return _Order(*(checkpoint_name(a, "routed") for a in order))
 
 
 def _ranks(order: _Order) -> Int[Array, " m"]:

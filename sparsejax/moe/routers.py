@@ -59,16 +59,19 @@ def settings(router: Router) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name not in known}
 
 
-def _choose(
-    scores: Float[Array, "n e"], k: int, bias: Float[Array, " e"] | None
-) -> Int[Array, "n k"]:
-    """Pick the ``k`` best experts of each token."""
-    experts = scores.shape[1]
+def _check(k: int, experts: int) -> None:
     if not 1 <= k <= experts:
         raise ValueError(
             f"k={k}: a token visits at least one and at most all of the {experts}"
             " experts"
         )
+
+
+def _choose(
+    scores: Float[Array, "n e"], k: int, bias: Float[Array, " e"] | None
+) -> Int[Array, "n k"]:
+    """Pick the ``k`` best experts of each token."""
+    _check(k, scores.shape[1])
     if bias is not None:
         scores = scores + bias[None]
     return jax.lax.top_k(jax.lax.stop_gradient(scores), k)[1].astype(jnp.int32)
@@ -172,6 +175,7 @@ def _keep_groups(
 ) -> Float[Array, "n e"]:
     """Set the scores outside the ``kept`` best groups to minus infinity."""
     tokens, experts = scores.shape
+    _check(k, experts)
     if groups < 1 or experts % groups:
         raise ValueError(f"groups={groups}: must divide the {experts} experts")
     size = experts // groups
