@@ -274,18 +274,19 @@ def _mirrors(test: Test, module: str) -> bool:
 
 
 def _aliases(name: str, path: Path, tree: ast.Module) -> set[str]:
-    """A function's name, its keys in the family's dicts, and, if private, its users."""
+    """A function's name, its keys in dicts beside it, and, if private, its users."""
     names = {name}
     if name.startswith("_"):
         definitions = _definitions(tree)
         reach = {d for d, w in definitions.items() if name in _closure(w, definitions)}
         names |= {d for d in reach if not d.startswith("_")}
     family = path.parent / "__init__.py"
-    for node in ast.walk(_tree(family)) if family.is_file() else ():
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and name in _words(value):
-                    names.add(str(key.value))
+    trees = [tree, *([_tree(family)] if family.is_file() else [])]
+    values = (getattr(node, "value", None) for t in trees for node in t.body)
+    for table in (v for v in values if isinstance(v, ast.Dict)):
+        for key, value in zip(table.keys, table.values, strict=True):
+            if isinstance(key, ast.Constant) and name in _words(value):
+                names.add(str(key.value))
     return names
 
 

@@ -23,7 +23,7 @@ LINES, FUNCTION_LINES, KERNEL_LINES, PARAMETERS = 400, 50, 120, 8
 NAMELESS = {"utils", "common", "misc", "base", "helpers", "util", "helper"}
 # Spelled so that this file does not contain the words itself.
 UNFINISHED = re.compile(r"\b(TO[D]O|FIXM[E]|XX[X]|NotImplemented[E]rror)\b")
-MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w|(?<!\w)/tmp/[a-z]")
+MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w\w|(?<!\w)/tmp/[a-z]")
 REGISTRY_HOST = re.compile(r"py(?:pi)\.org|python(?:hosted)\.|registry\.(?:npm)js")
 
 
@@ -77,15 +77,18 @@ def unfinished(source: Source) -> Iterator[str]:
 
 
 def registry_names(files: tuple[Source, ...]) -> set[str]:
-    """Keys of the literal dicts, named in capitals, in the families' __init__ files."""
+    """Keys of the literal dicts of functions, named in capitals, at top level."""
     names = set()
-    for source in files:
-        for node in source.tree.body if source.path.endswith("__init__.py") else []:
-            value = getattr(node, "value", None)
-            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
-                value, ast.Dict
-            ):
-                names |= {k.value for k in value.keys if isinstance(k, ast.Constant)}
+    for node in (node for source in files for node in source.tree.body):
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            table = node.value if isinstance(node.value, ast.Dict) else ast.Dict([], [])
+            if isinstance(target, ast.Name) and target.id.isupper():
+                names |= {
+                    key.value
+                    for key, value in zip(table.keys, table.values, strict=True)
+                    if isinstance(key, ast.Constant) and isinstance(value, ast.Name)
+                }
     return names
 
 
@@ -160,7 +163,7 @@ def terse_tests(source: Source) -> Iterator[str]:
     if not Path(source.path).name.startswith("test_"):
         return
     for f in functions(source):
-        if f.name.startswith("test_") and len(f.name.split("_")) < 4:
+        if f.name.startswith("test_") and len(f.name.split("_")) < 3:
             yield f"{f.lineno}: {f.name} is not a sentence"
 
 
