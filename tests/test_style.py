@@ -23,7 +23,9 @@ LINES, FUNCTION_LINES, KERNEL_LINES, PARAMETERS = 400, 50, 120, 8
 NAMELESS = {"utils", "common", "misc", "base", "helpers", "util", "helper"}
 # Spelled so that this file does not contain the words itself.
 UNFINISHED = re.compile(r"\b(TO[D]O|FIXM[E]|XX[X]|NotImplemented[E]rror)\b")
-MACHINE = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w\w|(?<!\w)/tmp/[a-z]")
+MACHINE = re.compile(
+    r"(?<![\w.])/(?:home|root|work|Users)/(?!user\b)\w\w|(?<!\w)/tmp/[a-z]"
+)
 REGISTRY_HOST = re.compile(r"py(?:pi)\.org|python(?:hosted)\.|registry\.(?:npm)js")
 
 
