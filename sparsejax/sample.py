@@ -11,7 +11,7 @@ import jax
 from sparsejax.config import ConfigError, convert
 from sparsejax.nn.transformer import Transformer
 from sparsejax.sharding import MeshConfig, make_mesh
-from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.checkpoint import CheckpointError, Checkpoints
 from sparsejax.train.config import Config
 from sparsejax.train.loop import Trainer
 from sparsejax.train.report import sample_text
@@ -31,7 +31,7 @@ def load(workdir: Path) -> tuple[Transformer, Any]:
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
         trainer.data.train.close()
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=1, keep_best=0)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
         found = checkpoints.restore(trainer.abstract)
         checkpoints.close()
         if found is None:
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         model, tokenizer = load(workdir)
         text = sample_text(model, tokenizer, prompt, **flags)
-    except (ConfigError, ValueError) as error:
+    except (CheckpointError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(text + "\n")

@@ -75,6 +75,8 @@ def shardings(tree: PyTree, mesh: Mesh) -> PyTree:
             return NamedSharding(mesh, PartitionSpec())
         axes = leaf.get_metadata().get("axes", "")
         value = leaf.get_value()
+        if not hasattr(value, "shape"):  # a placeholder of optax's, with no array in it
+            return leaf
         fits = len(axes.split()) == len(value.shape)
         spec = parameter_spec(axes) if fits else PartitionSpec()
         return leaf.replace(NamedSharding(mesh, spec))

@@ -76,16 +76,18 @@ def _main(flags: argparse.Namespace, config: Any) -> int:
 
         return report(config, flags.aot)
     from sparsejax.train.checkpoint import CheckpointError  # noqa: PLC0415
-    from sparsejax.train.distributed import initialize  # noqa: PLC0415
+    from sparsejax.train.distributed import initialize, together  # noqa: PLC0415
     from sparsejax.train.loop import NonFiniteError, train  # noqa: PLC0415
     from sparsejax.train.workdir import DiskError, format_summary  # noqa: PLC0415
 
     process = initialize(flags.coordinator, flags.processes, flags.process_id)
     name = f"{Path(flags.config).stem}-{fingerprint(config)[:8]}"
     workdir = flags.workdir or Path("runs") / name
+    plain = (CheckpointError, DiskError, NonFiniteError)
     try:
-        summary = train(config, workdir, profile=flags.profile, process=process)
-    except (CheckpointError, DiskError, NonFiniteError) as error:
+        with together(process, plain=plain):
+            summary = train(config, workdir, profile=flags.profile, process=process)
+    except plain as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     if process.index == 0:

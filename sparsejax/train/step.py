@@ -150,7 +150,7 @@ class Step:
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float
             updates, opt = self.optimizer.update(grads, state.opt, state.params)
             params = optax.apply_updates(state.params, updates)
-            norms = optax.global_norm(grads), optax.global_norm(updates)
+            norms = optax.tree.norm(grads), optax.tree.norm(updates)
         scalars = {"loss": losses.nll / losses.tokens}
         scalars |= {f"loss/{name}": value for name, value in aside[0].items()}
         scalars |= {"gradient_norm": norms[0], "update_norm": norms[1]}

@@ -93,7 +93,8 @@ def test_the_scan_equals_the_layers_one_by_one(model, tokens):
 
 
 def test_packed_documents_do_not_see_each_other(model, tokens):
-    segments = jnp.where(jnp.arange(32) < 12, 1, 2) * jnp.ones((2, 1), jnp.int32)
+    segments = jnp.where(jnp.arange(32) < 12, 1, 2)
+    segments = jnp.broadcast_to(segments, (2, 32))
     positions = jnp.where(jnp.arange(32) < 12, jnp.arange(32), jnp.arange(32) - 12)
     positions = jnp.broadcast_to(positions, (2, 32))
     packed = logits(model, tokens, segments, positions)

@@ -52,7 +52,14 @@ def toy(**changes):
     """The toy config; ``section={field: value}`` updates a section."""
     values = {k: dict(v) for k, v in TOY.items()}
     for section, change in changes.items():
-        values[section] = change if change is None else {**values[section], **change}
+        values[section] = (
+            change
+            if change is None
+            else {
+                **values.get(section, {}),
+                **change,
+            }
+        )
     return convert(Config, values)
 
 

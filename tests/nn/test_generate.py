@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax.attention import AttentionConfig
+from sparsejax.nn.config import GatedConfig, ModelConfig
+from sparsejax.nn.generate import draw, generate, nucleus
+from sparsejax.nn.transformer import Transformer
+
+VOCABULARY = 30
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        depth=2,
+        width=32,
+        heads=4,
+        kv_heads=2,
+        attention=AttentionConfig(block_q=8, block_kv=8),
+        ffn=GatedConfig(hidden=32),
+    )
+    return Transformer(config, VOCABULARY, rngs=nnx.Rngs(0))
+
+
+def test_greedy_sampling_is_the_argmax_of_the_whole_sequence(model):
+    prompt = jax.random.randint(jax.random.key(0), (2, 5), 0, VOCABULARY)
+    chosen = generate(model, prompt, tokens=4, key=jax.random.key(0), temperature=0)
+    whole = prompt
+    for _ in range(4):
+        best = model.logits(model(whole).value)[:, -1].argmax(-1)
+        whole = jnp.concatenate([whole, best[:, None].astype(jnp.int32)], 1)
+    np.testing.assert_array_equal(chosen, whole[:, 5:])
+
+
+def test_sampled_tokens_are_real_ones(model):
+    prompt = jnp.zeros((1, 3), jnp.int32)
+    chosen = generate(model, prompt, tokens=8, key=jax.random.key(1), temperature=9.0)
+    assert chosen.max() < VOCABULARY
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_the_share():
+    logits = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]]))
+    kept = [np.isfinite(nucleus(logits, top_p=p)).sum() for p in (0.4, 0.6, 0.8, 1.0)]
+    assert kept == [1, 2, 2, 4]
+
+
+def test_the_nucleus_does_not_depend_on_the_order():
+    logits = jnp.log(jnp.array([[0.05, 0.3, 0.5, 0.15]]))
+    np.testing.assert_array_equal(
+        np.isfinite(nucleus(logits, top_p=0.6)), [[False, True, True, False]]
+    )
+
+
+def test_draws_follow_the_probabilities():
+    logits = jnp.broadcast_to(jnp.log(jnp.array([0.7, 0.2, 0.1])), (4000, 3))
+    drawn = draw(logits, jax.random.key(2), temperature=1.0, top_p=1.0)
+    share = np.bincount(drawn, minlength=3) / 4000
+    # Four standard deviations of a share of 4000 draws.
+    np.testing.assert_allclose(share, [0.7, 0.2, 0.1], atol=4 * 0.5 / 4000**0.5)
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}])
+def test_impossible_options_are_refused(model, options):
+    with pytest.raises(ValueError, match="temperature must not be negative"):
+        generate(
+            model,
+            jnp.zeros((1, 2), jnp.int32),
+            tokens=1,
+            key=jax.random.key(0),
+            **options,
+        )
