@@ -99,13 +99,13 @@ def targets(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
         for density in (plan.initial, plan.density)
     ]
     found = {}
-    for path, layer in layers.items():
+    for path in paths:
         first = depth(letters[path])
         found[path] = Target(
             path=path,
             axes=axes.get(path, ""),
-            shape=layer.shape,
-            stack=arrays[path].shape[:first],
+            shape=tuple(arrays[path].shape[first:]),
+            stack=tuple(arrays[path].shape[:first]),
             structure=_structure(plan, path, letters[path][first:]),
             ramp=plan.ramp._replace(
                 initial=max(ends[0][path], ends[1][path]), final=ends[1][path]
@@ -152,8 +152,15 @@ def _is_weight(path: str, letters: list[str], ndim: int) -> bool:
 
 
 def _layer(shape: tuple[int, ...], letters: list[str]) -> Layer:
+    """Describe the matrix that a parameter is: heads and their width are one side."""
     first = depth(letters)
-    return Layer(tuple(shape[first:]), math.prod(shape[:first]))
+    sides: list[int] = []
+    for index in range(first, len(shape)):
+        if letters[index - 1 : index + 1] in (["h", "c"], ["g", "c"]):
+            sides[-1] *= shape[index]
+        else:
+            sides.append(shape[index])
+    return Layer(tuple(sides), math.prod(shape[:first]))
 
 
 def _structure(plan: MaskedConfig, path: str, letters: list[str]) -> Structure:

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from sparsejax.config import ConfigError, FieldError, convert
 from sparsejax.masked import MaskedConfig, sparse
@@ -116,6 +117,20 @@ def test_erk_gives_every_path_its_density(key):
     assert abs(total - 0.25 * (4 * 96 + 3 * 64)) <= 3.5
 
 
+def test_heads_and_their_width_are_one_side_of_a_matrix():
+    tree = nnx.State(
+        {
+            "query": nnx.Param(jnp.ones((2, 8, 4, 6)), axes="l d h c"),
+            "out": nnx.Param(jnp.ones((2, 4, 6, 8)), axes="l h c d"),
+            "up": nnx.Param(jnp.ones((2, 8, 24)), axes="l d f"),
+        }
+    )
+    found = targets(tree, plan(allocation="erk"))
+    assert found["query"].shape == (8, 4, 6)
+    # all three are 8 by 24
+    assert [x.ramp.final for x in found.values()] == pytest.approx([0.25] * 3)
+
+
 def test_by_path_reaches_the_masks(key):
     chosen = plan(
         allocation="by_path", allocation_arguments={"densities": {"down": 0.5}}
@@ -136,5 +151,5 @@ def test_a_plan_comes_from_a_config_file():
     made = convert(MaskedConfig, given)
     assert made.structure_arguments["tile"] == (2, 2)
     assert made.include == ("ffn",)
-    with pytest.raises(ConfigError, match="config.densty: no such field"):
+    with pytest.raises(ConfigError, match="densty: no such field"):
         convert(MaskedConfig, {"densty": 0.5})

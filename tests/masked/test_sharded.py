@@ -1,5 +1,7 @@
 """Masks under a mesh: the same run as on one device, cut like its parameters."""
 
+import functools
+
 import jax
 import numpy as np
 import optax
@@ -9,7 +11,17 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sparsejax import tree
 from sparsejax.masked import effective, masks_of, sparse
 from sparsejax.partition import parameter_spec
-from tests.masked.networks import DOWN, EXPERTS, TX, UP, UPDATERS, batch, loss, network
+from tests.masked.networks import (
+    DOWN,
+    EXPERTS,
+    TX,
+    UP,
+    UPDATERS,
+    batch,
+    history,
+    loss,
+    network,
+)
 
 MESH = {"data": 1, "fsdp": 4, "expert": 1, "tensor": 2, "context": 1}
 
@@ -31,8 +43,10 @@ def place(values, where):
     return jax.tree.map(cut, values, is_leaf=lambda x: hasattr(x, "axes"))
 
 
-def train(config, params, where=None):
-    """Give parameters and state after each of four steps."""
+@functools.cache
+def sharded(updater):
+    """Give parameters and state after each of four steps on eight devices."""
+    config, where = UPDATERS[updater], mesh()
     tx = sparse(TX["adamw"], config)
 
     @jax.jit
@@ -41,23 +55,19 @@ def train(config, params, where=None):
         updates, state = tx.update(jax.grad(forward)(params), state, params)
         return optax.apply_updates(params, updates), state
 
-    if where is not None:
-        params = place(params, where)
-    state, seen = jax.jit(tx.init)(params), []
-    for index in range(4):
-        params, state = step(params, state, batch(index))
-        seen.append((params, state))
+    with jax.set_mesh(where):
+        params = place(network(jax.random.key(3)), where)
+        state, seen = jax.jit(tx.init)(params), []
+        for index in range(4):
+            params, state = step(params, state, batch(index))
+            seen.append((params, state))
     return seen
 
 
 @pytest.mark.parametrize("updater", ["rigl", "set"])
-def test_a_sharded_run_has_the_masks_of_one_device(updater, key):
-    config, params = UPDATERS[updater], network(key)
-    alone = train(config, params)
-    where = mesh()
-    with jax.set_mesh(where):
-        sharded = train(config, params, where)
-    for (one, state), (many, other) in zip(alone, sharded, strict=True):
+def test_a_sharded_run_has_the_masks_of_one_device(updater):
+    alone = history("adamw", updater)[1:5]
+    for (one, state), (many, other) in zip(alone, sharded(updater), strict=True):
         for path in (UP, DOWN, EXPERTS):
             a, b = masks_of(state)[path][...], masks_of(other)[path][...]
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
@@ -66,20 +76,16 @@ def test_a_sharded_run_has_the_masks_of_one_device(updater, key):
             np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
 
 
-def test_masks_are_cut_like_their_parameters(key):
-    where = mesh()
-    with jax.set_mesh(where):
-        _, state = train(UPDATERS["rigl"], network(key), where)[-1]
+def test_masks_are_cut_like_their_parameters():
+    _, state = sharded("rigl")[-1]
     for path, mask in masks_of(state).items():
-        expected = NamedSharding(where, parameter_spec(mask.axes))
+        expected = NamedSharding(mesh(), parameter_spec(mask.axes))
         assert mask[...].sharding.is_equivalent_to(expected, mask.ndim), path
         assert not expected.is_fully_replicated
 
 
-def test_pruned_weights_are_zero_on_every_device(key):
-    where = mesh()
-    with jax.set_mesh(where):
-        params, state = train(UPDATERS["rigl"], network(key), where)[-1]
+def test_pruned_weights_are_zero_on_every_device():
+    params, state = sharded("rigl")[-1]
     for path, mask in masks_of(state).items():
         weight = np.asarray(tree.leaves(params)[path])
         assert not weight[~np.asarray(mask[...])].any()
