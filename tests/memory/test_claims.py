@@ -1,6 +1,7 @@
 """What each memory is in its limits: a table, an attention, an MLP."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,16 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 def tokens(key):
     return jax.random.normal(key, (2, 3, WIDTH))
+
+
+@partial(jax.jit, static_argnums=0)
+def merged(graph, state, *operands):
+    return nnx.merge(graph, state)(*operands)
+
+
+def run(layer, *operands):
+    """Call a layer, compiled as one program."""
+    return merged(*nnx.split(layer), *operands)
 
 
 def full_keys(keys):
@@ -60,7 +71,7 @@ def test_memory_that_reads_all_slots_is_dense_attention_with_its_gradients(key):
 def test_memory_of_one_slot_gives_its_value_once_for_every_head(key):
     config = memory.MemoryConfig(sub_keys=1, heads=3, per_head=1, key_width=4)
     layer = memory.ProductKeyMemory(config, WIDTH, rngs=nnx.Rngs(0))
-    y = layer(tokens(key)).value
+    y = run(layer, tokens(key)).value
     expected = np.broadcast_to(3 * layer.values[0], y.shape)
     np.testing.assert_allclose(y, expected, rtol=1e-6)
 
@@ -69,25 +80,28 @@ def test_permuted_slots_give_the_same_output(key):
     layer = memory.ProductKeyMemory(
         memory.MemoryConfig(**SMALL), WIDTH, rngs=nnx.Rngs(0)
     )
-    before = layer(tokens(key)).value
+    before = run(layer, tokens(key)).value
     rows, columns = np.array([2, 0, 3, 1]), np.array([1, 3, 0, 2])
     keys = layer.lookup.keys[...]
     moved = jnp.stack([keys[:, 0][:, rows], keys[:, 1][:, columns]], 1)
     layer.lookup.keys[...] = moved
     values = layer.values[...].reshape(4, 4, WIDTH)[rows][:, columns]
     layer.values[...] = values.reshape(16, WIDTH)
-    np.testing.assert_allclose(layer(tokens(key)).value, before, **CLOSE)
+    np.testing.assert_allclose(run(layer, tokens(key)).value, before, **CLOSE)
 
 
 def test_values_that_nothing_read_have_exactly_zero_gradient(key):
     config = memory.MemoryConfig(**SMALL | {"sub_keys": 16, "per_head": 2})
     layer = memory.ProductKeyMemory(config, WIDTH, rngs=nnx.Rngs(0))
 
-    def loss(layer):
-        out = layer(tokens(key))
+    graph, state = nnx.split(layer)
+
+    @partial(jax.grad, has_aux=True)
+    def slopes_of(state):
+        out = nnx.merge(graph, state)(tokens(key))
         return out.value.sum(), out.metrics
 
-    slopes, metrics = nnx.grad(loss, has_aux=True)(layer)
+    slopes, metrics = jax.jit(slopes_of)(state)
     touched = (np.asarray(slopes["values"][...]) != 0).any(-1)
     assert 0 < touched.sum() <= 6 * 2 * 2
     assert touched.mean() == metrics["usage"]
@@ -105,7 +119,7 @@ def test_shared_pool_has_the_sum_of_its_layers_gradients(key):
         def loss(pool):
             return sum(layer(x, pool).value.sum() for layer in layers)
 
-        return jax.grad(loss)(pool)
+        return jax.jit(jax.grad(loss))(pool)
 
     np.testing.assert_allclose(
         slope(first, second), slope(first) + slope(second), **CLOSE
@@ -118,7 +132,7 @@ def test_one_head_that_reads_one_slot_is_a_plain_table_lookup(key):
     )
     layer = memory.MemoryPlus(config, WIDTH, rngs=nnx.Rngs(0))
     pool = jnp.arange(16.0)[:, None] * jnp.ones((16, WIDTH))
-    y = np.asarray(layer(tokens(key), pool).value)
+    y = np.asarray(run(layer, tokens(key), pool).value)
     assert np.isin(y, range(16)).all()
     assert (y == y[..., :1]).all()
 
@@ -163,7 +177,7 @@ def test_peer_with_flat_sigmoid_scores_is_half_a_dense_layer(key):
     layer.lookup.keys[...] = jnp.zeros_like(layer.lookup.keys[...])
     x = tokens(key)
     dense = jax.nn.relu(x @ layer.down[...].T) @ layer.up[...]
-    np.testing.assert_allclose(layer(x).value, dense / 2, **CLOSE)
+    np.testing.assert_allclose(run(layer, x).value, dense / 2, **CLOSE)
 
 
 def random_tree(key, depth, width=3):
@@ -240,10 +254,10 @@ def test_hard_path_reads_one_leaf_and_the_nodes_above_it(key):
 def test_hardening_is_a_loss_of_the_soft_path_only(key):
     config = memory.FastFeedForwardConfig(depth=2, leaf_width=3, hardening=2.0)
     layer = memory.FastFeedForward(config, WIDTH, rngs=nnx.Rngs(0))
-    soft = layer(tokens(key)).losses["hardening"]
+    soft = run(layer, tokens(key)).losses["hardening"]
     layer.config = replace(config, path="hard")
     assert 0 < soft <= 2.0 * 3 * np.log(2)
-    assert layer(tokens(key)).losses["hardening"] == 0
+    assert run(layer, tokens(key)).losses["hardening"] == 0
 
 
 @pytest.mark.parametrize(
@@ -257,7 +271,7 @@ def test_hardening_is_a_loss_of_the_soft_path_only(key):
 )
 def test_usage_of_known_reads(ids, weights, expected):
     ids, weights = jnp.array(ids)[:, None], jnp.array(weights)[:, None]
-    found = usage(ids, weights, slots=4)
+    found = jax.jit(partial(usage, slots=4))(ids, weights)
     values = [found[name] for name in ("usage", "usage_kl", "entropy")]
     np.testing.assert_allclose(values, expected, atol=1e-6)
 
