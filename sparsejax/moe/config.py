@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.config import FieldError, choose, near, require
-from sparsejax.moe.dispatch import DISPATCHERS
+from sparsejax.moe.dispatch import DISPATCHERS, has_buffers
 from sparsejax.moe.experts import ACTIVATIONS
 from sparsejax.moe.routers import ROUTERS, Routing, accepts, settings
 from sparsejax.typing import Array, Float
@@ -77,10 +77,10 @@ class MoEConfig:
             "a capacity below one row; must be positive, or none to drop nothing",
         )
         require(
-            self.dispatcher != "capacity" or factor is not None,
+            factor is not None or not has_buffers(self.dispatcher),
             "capacity_factor",
             factor,
-            "the capacity dispatcher needs one; 1.25 is usual",
+            f"dispatcher={self.dispatcher!r} needs one; 1.25 is usual",
         )
 
     def _check_router(self) -> None:

@@ -1,17 +1,18 @@
 """Dispatch: carry tokens to their experts and the weighted answers back.
 
-A dispatcher is ``(x, chosen, weights, experts, *, activation, capacity) -> y`` in
-float32, on the experts at hand; ``chosen == e``, one past the last expert, marks a slot
-to skip, which costs nothing and gets no gradient. All dispatchers agree: ``dense`` is
-the oracle, ``grouped`` does only the work asked for, ``capacity`` works on buffers of a
-fixed size and drops what does not fit. ``exchange`` runs one over a device mesh.
-Slots are numbered choice by choice: all first choices come before any second.
+A dispatcher is ``(x, chosen, weights, experts, *, activation) -> y`` in float32, on the
+experts at hand; ``chosen == e``, one past the last expert, marks a slot to skip, which
+gets no answer and no gradient. All dispatchers agree: ``dense`` is the oracle,
+``grouped`` does only the work asked for, ``capacity`` works on buffers of that many
+rows and drops what does not fit. ``exchange`` runs one over a device mesh. Slots are
+numbered choice by choice: all first choices come before any second.
 """
 
+import inspect
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ __all__ = [
     "densely",
     "dispatch_of",
     "exchange",
+    "has_buffers",
     "limited",
 ]
 
@@ -116,10 +118,8 @@ def densely(
     experts: GatedExperts,
     *,
     activation: Activation,
-    capacity: int | None = None,
 ) -> Float[Array, "n d"]:
     """Send every token to every expert, and weigh most answers by zero."""
-    del capacity
     count = experts.up.shape[0]
     visits = jax.nn.one_hot(chosen, count, dtype=jnp.float32)
     share = (weights[..., None] * visits).sum(axis=1)
@@ -135,14 +135,12 @@ def by_group(
     experts: GatedExperts,
     *,
     activation: Activation,
-    capacity: int | None = None,
 ) -> Float[Array, "n d"]:
     """Sort the slots by expert and multiply group by group; nothing is dropped.
 
     Source: Gale et al. 2022, arXiv:2211.15841, Sec. 4. Departure: groups are not padded
     to blocks.
     """
-    del capacity
     count = experts.up.shape[0]
     order = _sort(chosen, count)
     rows = _take(x, order.slots % x.shape[0], order.places.reshape(chosen.T.shape))
@@ -158,18 +156,15 @@ def by_capacity(
     experts: GatedExperts,
     *,
     activation: Activation,
-    capacity: int | None = None,
+    capacity: int,
 ) -> Float[Array, "n d"]:
     """Give each expert a buffer of ``capacity`` rows; later slots are dropped.
 
     Source: Lepikhin et al. 2020, arXiv:2006.16668, Alg. 1. Departure: rows are
     gathered, not multiplied by a one-hot mask.
     """
-    if capacity is None or capacity < 1:
-        raise ValueError(
-            f"capacity={capacity}: the capacity dispatcher needs the rows of a buffer,"
-            " at least one"
-        )
+    if capacity < 1:
+        raise ValueError(f"capacity={capacity}: a buffer has at least one row")
     count, (tokens, k) = experts.up.shape[0], chosen.shape
     order = _sort(chosen, count)
     rank = _ranks(order)
@@ -299,13 +294,22 @@ def dispatch_of(name: str, *, activation: str, capacity: int | None) -> Dispatch
     ):
         if value not in table:
             raise ValueError(f"{field}={value!r}: no such name{near(value, table)}")
-    if capacity is not None and name != "capacity":
+    if has_buffers(name) and capacity is None:
+        raise ValueError(
+            f"capacity=None: dispatcher {name!r} needs the number of rows of a buffer"
+        )
+    if not has_buffers(name) and capacity is not None:
         raise ValueError(
             f"capacity={capacity}: dispatcher {name!r} has no buffers; drop with"
             " limited(routing, capacity) instead"
         )
-    settings: dict[str, Any] = {"activation": ACTIVATIONS[activation]}
-    return partial(DISPATCHERS[name], **settings, capacity=capacity)
+    settings = {} if capacity is None else {"capacity": capacity}
+    return partial(DISPATCHERS[name], activation=ACTIVATIONS[activation], **settings)
+
+
+def has_buffers(name: str) -> bool:
+    """Say whether a dispatcher works on buffers, whose rows it must be told."""
+    return "capacity" in inspect.signature(DISPATCHERS[name]).parameters
 
 
 DISPATCHERS: dict[str, Dispatcher] = {

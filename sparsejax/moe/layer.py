@@ -13,7 +13,13 @@ from flax import nnx
 from sparsejax import partition
 from sparsejax.moe.balance import balance_loss, metrics, z_loss
 from sparsejax.moe.config import MoEConfig
-from sparsejax.moe.dispatch import capacity_of, dispatch_of, exchange, limited
+from sparsejax.moe.dispatch import (
+    capacity_of,
+    dispatch_of,
+    exchange,
+    has_buffers,
+    limited,
+)
 from sparsejax.moe.experts import ACTIVATIONS, GatedExperts
 from sparsejax.moe.routers import Routing
 from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
@@ -152,7 +158,7 @@ def _mix(
             a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights)
         )
         capacity = None  # of a buffer: what does not fit is already dropped
-        if config.dispatcher == "capacity" and total is not None:
+        if total is not None and has_buffers(config.dispatcher):
             capacity = min(total, rows.shape[0] * devices)
         dispatch = dispatch_of(
             config.dispatcher, activation=config.activation, capacity=capacity

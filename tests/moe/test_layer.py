@@ -233,7 +233,7 @@ def test_an_expert_axis_must_divide_the_experts():
         ({"dispatcher": "gruped"}, "dispatcher='gruped'.*did you mean 'grouped'"),
         ({"activation": "swish"}, "activation='swish'"),
         ({"capacity_factor": 0.0}, "capacity_factor=0.0: a capacity below one"),
-        ({"dispatcher": "capacity"}, "capacity_factor=None: the capacity dispatcher"),
+        ({"dispatcher": "capacity"}, "capacity_factor=None: .* needs one"),
         ({"router": "switch"}, "router='switch': k=2: switch visits one"),
         ({"router_arguments": {"renormalise": True}},
          "router_arguments.renormalise=True: .*did you mean 'renormalize'"),
