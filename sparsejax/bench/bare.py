@@ -3,8 +3,8 @@
 Plain functions of a nested dict of arrays, with the numbers of ``configs/dense.py``
 written where they are used; of the library only attention and its mask are here.
 
-``parameters`` holds ``embedding`` "v d", ``norm`` " d" and ``layers``, whose arrays have
-a leading axis ``l``: ``attention_norm``, ``query`` "d h c", ``key`` and ``value``
+``parameters`` holds ``embedding`` "v d", ``norm`` " d" and ``layers``, whose arrays
+have a leading axis ``l``: ``attention_norm``, ``query`` "d h c", ``key`` and ``value``
 "d g c", ``query_norm`` and ``key_norm`` " c", ``out`` "h c d", ``norm``, ``gate`` and
 ``up`` "d f", and ``down`` "f d".
 """

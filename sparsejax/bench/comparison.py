@@ -91,7 +91,8 @@ def table(rows: list[dict[str, str]]) -> str:
         lines.append(
             {
                 "config": f"`{name}`",
-                "bits": f"{statistics.mean(bits):.3f} ({min(bits):.3f} to {max(bits):.3f})",
+                "bits": f"{statistics.mean(bits):.3f}"
+                f" ({min(bits):.3f} to {max(bits):.3f})",
                 "total": f"{int(first['parameters_total']):,}",
                 "nonzero": f"{int(first['parameters_nonzero']):,}",
                 "active": f"{int(first['parameters_active']):,}",

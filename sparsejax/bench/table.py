@@ -21,21 +21,32 @@ RESULTS = ROOT / "results"
 
 def provenance() -> dict[str, str]:
     """Say which code ran, and on what."""
-    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    found = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False
-    )
     device = jax.devices()[0]
     machine = device.device_kind
     if device.platform == "cpu":
         machine = f"{_processor()}, {os.cpu_count()} cores"
     return {
-        "commit": found.stdout.strip() or "unknown",
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine,
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+def _commit() -> str:
+    """Give the commit, marked if the code differs from it; results are no code."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+
+    name = git("rev-parse", "--short", "HEAD").stdout.strip()
+    if not name:
+        return "unknown"
+    changed = git("diff", "--quiet", "HEAD", "--", ".", ":!results").returncode
+    return f"{name}-dirty" if changed else name
 
 
 def _processor() -> str:
