@@ -155,21 +155,8 @@ def attend(
     Raises:
         ValueError: if the queries do not fall into whole blocks per context device.
     """
-    t, s = q.shape[1], k.shape[1]
-    mask = BlockMask.from_pattern(
-        config.build(),
-        q_len=t,
-        kv_len=s,
-        block_q=min(config.block_q, t),
-        block_kv=min(config.block_kv, s),
-        q_offset=q_offset,
-    )
     parts = _context_parts()
-    if t % (parts * mask.block_q) and parts > 1:
-        raise ValueError(
-            f"{t} tokens in blocks of {mask.block_q} do not divide over {parts} context"
-            " devices; choose block_q so that each gets whole blocks"
-        )
+    mask = _mask(config, q.shape[1], k.shape[1], q_offset=q_offset, parts=parts)
 
     def local(q, k, v, mask, sinks, *segments):
         first = jax.lax.axis_index("context") * q.shape[1] if parts > 1 else 0
@@ -185,13 +172,33 @@ def attend(
             implementation=config.implementation,
         )
 
-    mask = jax.tree.map(jnp.asarray, mask)
     inputs = ["b t h c", "b s g c", "b s g c", mask.axes()]
     inputs.append(None if sinks is None else "h")
     if segments is not None:
         inputs += ["b t", "b s"]
     run = per_shard(local, inputs=tuple(inputs), outputs="b t h c")
     return run(q, k, v, mask, sinks, *(segments or ()))
+
+
+def _mask(
+    config: AttentionConfig, t: int, s: int, *, q_offset: Any, parts: int
+) -> BlockMask:
+    """The config's mask, which has to fall into ``parts`` along the queries."""
+    block_q = min(config.block_q, t)
+    if t % (parts * block_q) and parts > 1:
+        raise ValueError(
+            f"{t} tokens in blocks of {block_q} do not divide over {parts} context"
+            " devices; choose block_q so that each gets whole blocks"
+        )
+    mask = BlockMask.from_pattern(
+        config.build(),
+        q_len=t,
+        kv_len=s,
+        block_q=block_q,
+        block_kv=min(config.block_kv, s),
+        q_offset=q_offset,
+    )
+    return jax.tree.map(jnp.asarray, mask)
 
 
 def _context_parts() -> int:

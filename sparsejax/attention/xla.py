@@ -253,7 +253,9 @@ def _forward(q, k, v, mask, segments, score: _Score) -> Attended:
             kept = jnp.exp(top - higher)
             tile = values[row.key_base + block]
             update = _product(weights.astype(tile.dtype), tile, "bgqk,bgkc->bgqc")
-            total = total * kept + weights.sum(axis=-1)
+            # A product with ones: for a sum XLA would compute the exponentials twice.
+            ones = jnp.ones((*weights.shape[:2], weights.shape[-1]))
+            total = total * kept + _product(weights, ones, "bgqk,bgk->bgq")
             return higher, total, out * kept[..., None] + update
 
         shape = queries.shape[:-1]
