@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.memory import bag
+from sparsejax.memory import tiles
 from sparsejax.memory.bag import embedding_bag, row_products
 
 M, D, N, K = 11, 6, 13, 4
@@ -43,7 +43,7 @@ def operands(key, width, dtype=jnp.float32):
 
 
 @partial(jax.jit, static_argnames=("function", "tile"))
-def value_and_gradients(function, table, ids, other, tile=bag.TILE):
+def value_and_gradients(function, table, ids, other, tile=tiles.TILE):
     del tile  # set by monkeypatch; here it asks for a compilation of its own
 
     def loss(table, other):
@@ -54,7 +54,7 @@ def value_and_gradients(function, table, ids, other, tile=bag.TILE):
     return y, *gradients
 
 
-def assert_same(fast, slow, table, ids, other, tile=bag.TILE):
+def assert_same(fast, slow, table, ids, other, tile=tiles.TILE):
     for a, b in zip(
         value_and_gradients(fast, table, ids, other, tile),
         value_and_gradients(slow, table, ids, other),
@@ -68,7 +68,7 @@ def assert_same(fast, slow, table, ids, other, tile=bag.TILE):
 def test_any_tile_is_the_dense_product_with_gradients(
     fast, slow, width, tile, key, monkeypatch
 ):
-    monkeypatch.setattr(bag, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     assert_same(fast, slow, *operands(key, width), tile)
 
 
@@ -95,7 +95,7 @@ def test_untouched_rows_are_never_read_and_have_zero_gradient(fast, slow, width,
 @pytest.mark.parametrize(("fast", "slow", "width"), PAIRS)
 def test_padding_of_the_last_tile_reads_nothing(fast, slow, width, key, monkeypatch):
     tile = 4 * K * D  # 13 tokens: the last tile has 1
-    monkeypatch.setattr(bag, "TILE", tile)
+    monkeypatch.setattr(tiles, "TILE", tile)
     table, ids, other = operands(key, width)
     poisoned = table.at[0].set(jnp.nan)  # what padding would name
     y, table_bar, _ = value_and_gradients(
@@ -145,9 +145,10 @@ def test_no_tokens_make_no_rows_and_a_zero_gradient(fast, slow, width, key):
 
 
 @pytest.mark.parametrize(("fast", "slow", "width"), PAIRS)
-def test_ids_out_of_range_read_nan(fast, slow, width, key):
+@pytest.mark.parametrize("bad", [M, -1])
+def test_ids_out_of_range_read_nan(fast, slow, width, bad, key):
     table, ids, other = operands(key, width)
-    y = fast(table, ids.at[0, 0].set(M), other)
+    y = fast(table, ids.at[0, 0].set(bad), other)
     assert np.isnan(y[0]).any()
     assert np.isfinite(y[1:]).all()
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sparsejax.memory import bag
+from sparsejax.memory import tiles
 from sparsejax.memory.bag import embedding_bag, row_products
 from sparsejax.memory.lookup import product_key_top_k
 
@@ -46,7 +46,7 @@ def test_lookup_compares_about_k_log_k_pairs():
 @pytest.mark.parametrize(("function", "width"), [(embedding_bag, 4), (row_products, 6)])
 def test_bags_hold_the_rows_of_a_tile_of_tokens(function, width, monkeypatch):
     tokens, k, d = 64, 4, 6
-    monkeypatch.setattr(bag, "TILE", 2 * k * d)
+    monkeypatch.setattr(tiles, "TILE", 2 * k * d)
     table, ids = jnp.zeros((9, d)), jnp.zeros((tokens, k), jnp.int32)
 
     def loss(table, other):

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sparsejax import memory
-from sparsejax.memory import MEMORIES, bag
+from sparsejax.memory import MEMORIES, tiles
 from sparsejax.partition import MESH_AXES, parameter_spec
 from sparsejax.tree import axes_of, leaves, map_with_path
 from sparsejax.typing import Output
@@ -195,7 +195,7 @@ def test_constructor_can_be_stacked_over_keys(config, key):
 
 @pytest.mark.parametrize("name", [*CONFIGS, "product_key/gated", "fff/hard"])
 def test_sharded_layer_is_the_layer(name, key, monkeypatch):
-    monkeypatch.setattr(bag, "TILE", 4 * 10 * WIDTH)  # several tiles
+    monkeypatch.setattr(tiles, "TILE", 4 * 10 * WIDTH)  # several tiles
     graph, state = build((CONFIGS | VARIANTS)[name])
     x = tokens(key)
     expected = evaluate(graph, state, x)

@@ -1,0 +1,139 @@
+"""The sums of ``tiles`` under a mesh: rows and columns of the table stay in place.
+
+A device holds the rows of its place along ``tensor`` and the columns of its place along
+``fsdp``. Ids and weights, which are small, are gathered along ``fsdp``; what a device
+reads of its columns is exchanged for whole tokens. The table never travels, and its
+gradient is added up over the batch once, after all tiles. Without an ambient mesh, or
+where it does not divide the tokens, the slots and the width, these are the plain sums
+(which XLA then cuts as it sees fit: same values, more traffic).
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from sparsejax.memory import tiles
+from sparsejax.partition import ACTIVATIONS, PARAMETERS
+from sparsejax.typing import Array, Float, Int
+
+__all__ = ["add_rows", "multiply_rows", "sum_rows"]
+
+
+class _Cut(NamedTuple):
+    """Mesh axes, those of size one left out."""
+
+    tokens: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+
+    def run(self, function: Callable[..., Array], inputs: str, output: str) -> Callable:
+        """Map letters to what each device holds: table ``T``, tokens ``n``."""
+        specs = {"T": P(self.rows, self.columns), "n": P(self.tokens)}
+        return jax.shard_map(
+            function,
+            in_specs=tuple(specs[letter] for letter in inputs),
+            out_specs=specs[output],
+            check_vma=True,
+        )
+
+    def gather(self, x: Array) -> Array:
+        """Tokens of this device to tokens of its group along the columns."""
+        return jax.lax.all_gather(x, self.columns, tiled=True) if self.columns else x
+
+    def own(self, ids: Array, slots: int) -> Array:
+        """Global ids to rows of this device; ``slots``, its row count, if elsewhere."""
+        if not self.rows:
+            return ids
+        ids = ids - slots * jax.lax.axis_index(self.rows)
+        return jnp.where((ids >= 0) & (ids < slots), ids, slots)
+
+    def to_columns(self, x: Array) -> Array:
+        """Whole tokens to the columns of the group's tokens."""
+        if not self.columns:
+            return x
+        return jax.lax.all_to_all(x, self.columns, 1, 0, tiled=True)
+
+    def to_tokens(self, x: Array) -> Array:
+        """Columns of the group's tokens to whole tokens."""
+        if not self.columns:
+            return x
+        return jax.lax.all_to_all(x, self.columns, 0, 1, tiled=True)
+
+
+def _ambient_cut(tokens: int, slots: int, width: int) -> _Cut | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or AxisType.Manual in mesh.axis_types:
+        return None
+
+    def live(axes: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+
+    cut = _Cut(live(ACTIVATIONS["n"]), live(PARAMETERS["m"]), live(PARAMETERS["d"]))
+    if not any(cut):
+        return None
+    parts = (math.prod(mesh.shape[axis] for axis in axes) for axes in cut)
+    sizes = zip((tokens, slots, width), parts, strict=True)
+    return cut if all(size % part == 0 for size, part in sizes) else None
+
+
+def sum_rows(
+    table: Float[Array, "m d"], ids: Int[Array, "n k"], weights: Float[Array, "n k"]
+) -> Float[Array, "n d"]:
+    """Sum the rows of every token, weighted."""
+    cut = _ambient_cut(ids.shape[0], *table.shape)
+    if cut is None:
+        return tiles.sum_rows(table, ids, weights)
+
+    def local(table: Array, ids: Array, weights: Array) -> Array:
+        ids = cut.own(cut.gather(ids), table.shape[0])
+        y = tiles.sum_rows(table, ids, cut.gather(weights))
+        return cut.to_tokens(jax.lax.psum(y, cut.rows) if cut.rows else y)
+
+    return cut.run(local, "Tnn", "n")(table, ids, weights)
+
+
+def multiply_rows(
+    table: Float[Array, "m d"], ids: Int[Array, "n k"], x: Float[Array, "n d"]
+) -> Float[Array, "n k"]:
+    """Multiply every token with its rows."""
+    cut = _ambient_cut(ids.shape[0], *table.shape)
+    if cut is None:
+        return tiles.multiply_rows(table, ids, x)
+
+    def local(table: Array, ids: Array, x: Array) -> Array:
+        ids = cut.own(cut.gather(ids), table.shape[0])
+        y = tiles.multiply_rows(table, ids, cut.to_columns(x))
+        y = jax.lax.psum(y, cut.rows) if cut.rows else y
+        if not cut.columns:
+            return y
+        return jax.lax.psum_scatter(y, cut.columns, tiled=True)
+
+    return cut.run(local, "Tnn", "n")(table, ids, x)
+
+
+def add_rows(
+    ids: Int[Array, "n k"],
+    weights: Float[Array, "n k"],
+    x: Float[Array, "n d"],
+    *,
+    slots: int,
+) -> Float[Array, "m d"]:
+    """Add every token, weighted, to its rows of zeros."""
+    cut = _ambient_cut(ids.shape[0], slots, x.shape[1])
+    if cut is None:
+        return tiles.add_rows(ids, weights, x, slots=slots)
+    others = tuple(axis for axis in cut.tokens if axis not in cut.columns)
+    mesh = jax.sharding.get_abstract_mesh()
+    height = slots // math.prod(mesh.shape[axis] for axis in cut.rows)
+
+    def local(ids: Array, weights: Array, x: Array) -> Array:
+        ids, weights = cut.own(cut.gather(ids), height), cut.gather(weights)
+        total = tiles.add_rows(ids, weights, cut.to_columns(x), slots=height)
+        return jax.lax.psum(total, others) if others else total
+
+    return cut.run(local, "nnn", "T")(ids, weights, x)
