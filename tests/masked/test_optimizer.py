@@ -159,7 +159,7 @@ def test_masks_that_are_still_full_change_nothing_but_rounding(key):
     config = plan(begin=6, end=8)
     params = run(TX["sgd"], config, network(key), 6)[-1][0]
     expected = dense_run(TX["sgd"], network(key), 6)
-    # a select between two products and their sum keeps XLA from contracting them
+    # another program, which XLA may fuse and round in another way
     for x, y in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
@@ -187,7 +187,7 @@ def test_buffers_may_be_donated():
         old = params
         params, state = donating(params, state, batch(index))
         assert all(x.is_deleted() for x in jax.tree.leaves(old))
-    # where XLA fuses differs with donation, so values agree to rounding
+    # another program, which XLA may fuse and round in another way
     for x, y in zip(*map(jax.tree.leaves, ((params, state), expected)), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
