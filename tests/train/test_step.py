@@ -60,7 +60,7 @@ def test_a_step_is_traced_once():
     train = jax.jit(counted, donate_argnums=0)
     with jax.set_mesh(mesh):
         for index in range(6):
-            state, _ = train(state, jax.tree.map(jnp.asarray, toy.batch(index)))
+            state, _ = train(state, toy.batch(index))
     assert len(traces) == 1
     assert int(state.step) == 6
 
@@ -77,7 +77,7 @@ def test_masked_weights_are_zero_and_as_many_as_planned(alone):
 def test_evaluation_changes_nothing_and_counts_real_tokens():
     _, state, _, evaluate, mesh = toy.start(toy.toy(), toy.one_device())
     with jax.set_mesh(mesh):
-        sums = evaluate(state, jax.tree.map(jnp.asarray, toy.batch()))
+        sums = evaluate(state, toy.batch())
     # 12 and 16 predictions in a row's two documents; none across, none in padding.
     assert float(sums.tokens) == toy.ROWS * (12 + 16)
     assert float(sums.bytes) == float(sums.tokens)
@@ -87,12 +87,12 @@ def test_the_first_statistic_that_is_not_finite_is_remembered():
     config = toy.toy(masked=None)
     _, state, train, _, mesh = toy.start(config, toy.one_device())
     with jax.set_mesh(mesh):
-        state, _ = train(state, jax.tree.map(jnp.asarray, toy.batch()))
+        state, _ = train(state, toy.batch())
         assert state.fault.tolist() == [-1, -1]
         poisoned = jax.tree.map(lambda x: x * jnp.inf, state.params["norm"])
         state.params["norm"] = poisoned
         for _ in range(2):
-            state, metrics = train(state, jax.tree.map(jnp.asarray, toy.batch()))
+            state, metrics = train(state, toy.batch())
     step, index = state.fault.tolist()
     assert step == 2
     assert statistics(metrics)[index] == "loss"
@@ -104,7 +104,7 @@ def test_z_loss_pulls_the_normaliser_to_zero():
         _, state, train, evaluate, mesh = toy.start(config, toy.one_device())
         with jax.set_mesh(mesh):
             for index in range(8):
-                part = jax.tree.map(jnp.asarray, toy.batch(index))
+                part = toy.batch(index)
                 state, _ = train(state, part)
             return float(evaluate(state, part).z)
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -107,7 +106,7 @@ def losses(config, steps, devices=None):
     found = []
     with jax.set_mesh(mesh):
         for index in range(steps):
-            state, metrics = train(state, jax.tree.map(jnp.asarray, batch(index % 4)))
+            state, metrics = train(state, batch(index % 4))
             found.append(float(metrics["loss"]))
     return found, state
 
