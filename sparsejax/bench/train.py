@@ -12,6 +12,7 @@ over 4. About two minutes on two cores, if nothing else runs there.
 import argparse
 import contextlib
 import dataclasses
+import io
 import statistics
 import sys
 import tempfile
@@ -148,7 +149,8 @@ def loop_over_bare(config: Config, *, steps: int, rounds: int) -> Comparison:
     train = dataclasses.replace(config.train, **change)
     config = dataclasses.replace(config, train=train)
     with tempfile.TemporaryDirectory() as folder, _one_device() as mesh:
-        loop = _Loop(Trainer(config, mesh), Path(folder), Process(0, 1), None)
+        with contextlib.redirect_stderr(io.StringIO()):  # its speeds count our pauses
+            loop = _Loop(Trainer(config, mesh), Path(folder), Process(0, 1), None)
         try:
             state = loop.start()
             turns = Turns(config, state.params, steps=steps, rounds=rounds)
@@ -215,7 +217,7 @@ def first_step(config: Config) -> dict[str, float]:
     comes before it, building the ``Step`` and drawing the parameters, is apart.
     """
     jax.clear_caches()
-    seconds = {}
+    seconds: dict[str, float] = {}
 
     def timed(part: str, function: Callable[..., Any], *args: Any) -> Any:
         began = time.perf_counter()
@@ -280,7 +282,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=7, help="turns of each loop")
     parser.add_argument("--repeats", type=int, default=3, help="of the compilations")
     flags = parser.parse_args(argv)
-    rows = [comparison.row() | provenance() for comparison in measured(flags)]
+    rows = []
+    for comparison in measured(flags):
+        rows.append(comparison.row() | provenance())
+        sys.stderr.write("{measure}: {ratio}\n".format(**rows[-1]))
     new = {row["measure"] for row in rows}
     kept = [row for row in read_rows("train") if row["measure"] not in new]
     write_rows("train", [*kept, *rows])
