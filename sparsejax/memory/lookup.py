@@ -6,12 +6,14 @@ sum of two half scores and the best slots are found from ``2 * r`` products inst
 ``r * r``. Lookups own no parameters; their scores have gradients, their ids have none.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.memory.sharded import per_token
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["Hits", "product_key_top_k"]
@@ -51,7 +53,8 @@ def product_key_top_k(
         _scores(half, keys[:, side])
         for side, half in enumerate(jnp.split(queries, 2, axis=-1))
     )
-    ids = _best_pairs(jax.lax.stop_gradient((rows, columns)), k)
+    halves = jax.lax.stop_gradient((rows, columns))
+    ids = per_token(partial(_best_pairs, k=k), *halves)
     i, j = jnp.divmod(ids, keys.shape[2])
     scores = jnp.take_along_axis(rows, i, -1) + jnp.take_along_axis(columns, j, -1)
     return Hits(ids, scores)
@@ -90,12 +93,13 @@ def _candidates(k: int, ranks: int) -> np.ndarray:
 
 
 def _best_pairs(
-    halves: tuple[Float[Array, "n h r"], Float[Array, "n h r"]], k: int
+    rows: Float[Array, "n h r"], columns: Float[Array, "n h r"], *, k: int
 ) -> Int[Array, "n h k"]:
-    r = halves[0].shape[-1]
+    r = rows.shape[-1]
     ranks = min(k, r)
     a, b = _candidates(k, ranks)
-    (rows, i), (columns, j) = (jax.lax.top_k(half, ranks) for half in halves)
+    rows, i = jax.lax.top_k(rows, ranks)
+    columns, j = jax.lax.top_k(columns, ranks)
     sums = rows[..., a] + columns[..., b]
     ids = i[..., a] * r + j[..., b]
     return jax.lax.sort((-sums, ids), num_keys=2)[1][..., :k]

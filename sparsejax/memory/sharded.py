@@ -1,11 +1,11 @@
-"""The sums of ``tiles`` under a mesh: rows and columns of the table stay in place.
+"""Memories under a mesh: tokens are searched where they are, tables stay in place.
 
 A device holds the rows of its place along ``tensor`` and the columns of its place along
 ``fsdp``. Ids and weights, which are small, are gathered along ``fsdp``; what a device
 reads of its columns is exchanged for whole tokens. The table never travels, and its
 gradient is added up over the batch once, after all tiles. Without an ambient mesh, or
-where it does not divide the tokens, the slots and the width, these are the plain sums
-(which XLA then cuts as it sees fit: same values, more traffic).
+where it does not divide the tokens, the slots and the width, the sums are those of
+``tiles`` (which XLA then cuts as it sees fit: same values, more traffic).
 """
 
 import math
@@ -21,7 +21,7 @@ from sparsejax.memory import tiles
 from sparsejax.partition import ACTIVATIONS, PARAMETERS
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["add_rows", "multiply_rows", "sum_rows"]
+__all__ = ["add_rows", "multiply_rows", "per_token", "sum_rows"]
 
 
 class _Cut(NamedTuple):
@@ -65,20 +65,38 @@ class _Cut(NamedTuple):
         return jax.lax.all_to_all(x, self.columns, 0, 1, tiled=True)
 
 
-def _ambient_cut(tokens: int, slots: int, width: int) -> _Cut | None:
+def _live(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Those of the axes that the ambient mesh cuts along; none inside a shard_map."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or AxisType.Manual in mesh.axis_types:
-        return None
+        return ()
+    return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
-    def live(axes: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
-    cut = _Cut(live(ACTIVATIONS["n"]), live(PARAMETERS["m"]), live(PARAMETERS["d"]))
-    if not any(cut):
-        return None
-    parts = (math.prod(mesh.shape[axis] for axis in axes) for axes in cut)
-    sizes = zip((tokens, slots, width), parts, strict=True)
-    return cut if all(size % part == 0 for size, part in sizes) else None
+def _parts(axes: tuple[str, ...]) -> int:
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
+def _ambient_cut(tokens: int, slots: int, width: int) -> _Cut | None:
+    cut = _Cut(_live(ACTIVATIONS["n"]), _live(PARAMETERS["m"]), _live(PARAMETERS["d"]))
+    sizes = zip((tokens, slots, width), cut, strict=True)
+    fits = all(size % _parts(axes) == 0 for size, axes in sizes)
+    return cut if any(cut) and fits else None
+
+
+def per_token(function: Callable[..., Array], *arrays: Float[Array, "n h r"]) -> Array:
+    """Call a function of separate tokens and heads on each device's own.
+
+    XLA would send all tokens to all devices to sort them. An axis that does not divide
+    is not cut.
+    """
+    live = [_live(ACTIVATIONS[letter]) for letter in "nh"]
+    if not any(live):
+        return function(*arrays)
+    sizes = zip(live, arrays[0].shape[:2], strict=True)
+    spec = P(*(axes if size % _parts(axes) == 0 else () for axes, size in sizes))
+    specs = (spec,) * len(arrays)
+    return jax.shard_map(function, in_specs=specs, out_specs=spec)(*arrays)
 
 
 def sum_rows(
@@ -128,8 +146,7 @@ def add_rows(
     if cut is None:
         return tiles.add_rows(ids, weights, x, slots=slots)
     others = tuple(axis for axis in cut.tokens if axis not in cut.columns)
-    mesh = jax.sharding.get_abstract_mesh()
-    height = slots // math.prod(mesh.shape[axis] for axis in cut.rows)
+    height = slots // _parts(cut.rows)
 
     def local(ids: Array, weights: Array, x: Array) -> Array:
         ids, weights = cut.own(cut.gather(ids), height), cut.gather(weights)

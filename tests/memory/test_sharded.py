@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from sparsejax.memory import sharded, tiles
 from sparsejax.memory.bag import embedding_bag, row_products
+from sparsejax.memory.lookup import product_key_top_k
 from sparsejax.partition import MESH_AXES
 
 M, D, N, K = 16, 12, 24, 3
@@ -96,3 +97,25 @@ def test_sums_inside_a_shard_map_are_local(key):
         )
         y = jax.jit(run)(table, ids, weights)
     np.testing.assert_allclose(y, tiles.sum_rows(table, ids, weights), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 2), (7, 2), (24, 3)])
+def test_lookup_under_a_mesh_is_the_lookup(shape, key):
+    queries = jax.random.normal(key, (*shape, 4))
+    keys = jax.random.normal(jax.random.fold_in(key, 1), (shape[1], 2, 5, 2))
+    find = jax.jit(partial(product_key_top_k, k=6))
+    expected = find(queries, keys)
+    with jax.set_mesh(mesh_of(MESHES[0])):
+        found = find(queries, keys)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-6)
+
+
+def test_tokens_are_searched_where_they_are(key):
+    mesh = mesh_of(MESHES[0])
+    with jax.set_mesh(mesh):
+        rows = NamedSharding(mesh, P(("data", "fsdp"), "tensor"))
+        queries = jax.device_put(jax.random.normal(key, (N, 2, 4)), rows)
+        keys = jax.device_put(jnp.ones((2, 2, 5, 2)), NamedSharding(mesh, P("tensor")))
+        find = jax.jit(partial(product_key_top_k, k=6))
+        assert "all-gather" not in find.lower(queries, keys).compile().as_text()
