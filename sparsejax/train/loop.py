@@ -62,10 +62,11 @@ class Trainer:
                 f" {rows} rows must be divisible by the mesh's data x fsdp x expert"
                 f" = {pieces}"
             )
-        if config.data.seq_len % mesh.shape["context"]:
+        blocks = config.data.seq_len // config.model.attention.block_q
+        if blocks % mesh.shape["context"]:
             raise ConfigError(
-                f"config.mesh.context={mesh.shape['context']}: must divide"
-                f" data.seq_len={config.data.seq_len}"
+                f"config.mesh.context={mesh.shape['context']}: must divide the {blocks}"
+                " query blocks, data.seq_len / model.attention.block_q"
             )
         self.rows = NamedSharding(mesh, PartitionSpec(BATCH))
         share = batch_share(self.rows, config.data.batch_size)
@@ -205,14 +206,15 @@ class _Loop:
         if not finished:
             return results
         trainer, last = self.trainer, self.config.train
-        text = sample_text(
-            trainer.step.model(state),
-            trainer.data.tokenizer,
-            last.prompt,
-            tokens=last.sample_tokens,
-            seed=self.config.seed,
-        )
-        results |= costs(self.config, state) | {"sample": text}
+        results |= costs(self.config, state)
+        if self.config.mesh.context == 1:  # one new token at a time cannot be cut
+            results["sample"] = sample_text(
+                trainer.step.model(state),
+                trainer.data.tokenizer,
+                last.prompt,
+                tokens=last.sample_tokens,
+                seed=self.config.seed,
+            )
         if self.process.index == 0:
             return finish(self.config, self.workdir, results)
         return results

@@ -1,6 +1,7 @@
 """How a run ends: a summary, a text sample, the plots."""
 
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from sparsejax import masked
 from sparsejax.nn import Transformer
 from sparsejax.nn.cost import attention_masks, cost, peak_bytes
 from sparsejax.nn.generate import generate
+from sparsejax.partition import BATCH
 from sparsejax.train.config import Config
 from sparsejax.train.plots import write_plots
 from sparsejax.train.step import State
@@ -22,9 +24,11 @@ def sample_text(
 ) -> str:
     """Return the prompt and its continuation; ``options`` are those of ``generate``."""
     ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
+    mesh = jax.sharding.get_abstract_mesh()
+    rows = math.prod(mesh.shape.get(name, 1) for name in BATCH)  # one for each device
     draw = functools.partial(generate, key=jax.random.key(seed), **options)
     whole = jax.sharding.PartitionSpec()
-    chosen = jax.jit(draw, out_shardings=whole)(model, ids[None])
+    chosen = jax.jit(draw, out_shardings=whole)(model, np.tile(ids, (rows, 1)))
     return prompt + tokenizer.decode(np.asarray(chosen)[0])
 
 

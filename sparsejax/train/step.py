@@ -58,7 +58,7 @@ def token_losses(
     token_bytes: Int[Array, " v"],
     chunk: int = 0,
 ) -> Losses:
-    """Sum the losses; with ``chunk``, logits exist for that many positions at a time."""
+    """Sum the losses; with ``chunk``, logits of that many positions exist at a time."""
 
     def sums(x: Array, targets: Array, weights: Array) -> Losses:
         logits = model.logits(x)

@@ -7,7 +7,7 @@ from sparsejax.attention import AttentionConfig
 from sparsejax.memory import MemoryConfig
 from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
-from sparsejax.nn.cost import attention_masks, cost, live_pairs
+from sparsejax.nn.cost import attention_masks, cost, live_pairs, peak_bytes
 from sparsejax.nn.transformer import Transformer
 
 D, F, H, G, C = 32, 48, 4, 2, 8
@@ -116,7 +116,5 @@ def test_each_different_mask_is_named_after_its_layers():
 
 
 def test_peak_memory_is_at_least_what_an_array_needs():
-    from sparsejax.nn.cost import peak_bytes
-
     x = jax.numpy.ones(2**20)
     assert peak_bytes() > x.nbytes

@@ -27,7 +27,7 @@ def model():
 
 def test_greedy_sampling_is_the_argmax_of_the_whole_sequence(model):
     prompt = jax.random.randint(jax.random.key(0), (2, 5), 0, VOCABULARY)
-    chosen = generate(model, prompt, tokens=4, key=jax.random.key(0), temperature=0)
+    chosen = generate(model, prompt, tokens=4, key=jax.random.key(0), temperature=0.0)
     whole = prompt
     for _ in range(4):
         best = model.logits(model(whole).value)[:, -1].argmax(-1)

@@ -92,11 +92,17 @@ def test_the_scan_equals_the_layers_one_by_one(model, tokens):
     np.testing.assert_allclose(model(tokens).value, model.norm(x), atol=2e-5)
 
 
-def test_packed_documents_do_not_see_each_other(model, tokens):
+def test_packed_documents_do_not_see_each_other(tokens):
     segments = jnp.where(jnp.arange(32) < 12, 1, 2)
     segments = jnp.broadcast_to(segments, (2, 32))
     positions = jnp.where(jnp.arange(32) < 12, jnp.arange(32), jnp.arange(32) - 12)
     positions = jnp.broadcast_to(positions, (2, 32))
+    window = AttentionConfig(
+        pattern="sliding_window", arguments={"window": 9}, block_q=16, block_kv=16
+    )
+    config = dataclasses.replace(CONFIG, attention=window)
+    # Sinks are the first tokens of a row, which a second document does not have.
+    model = Transformer(config, VOCABULARY, rngs=nnx.Rngs(0))
     packed = logits(model, tokens, segments, positions)
     first, second = logits(model, tokens[:, :12]), logits(model, tokens[:, 12:])
     np.testing.assert_allclose(packed[:, :12], first, atol=2e-5)

@@ -36,7 +36,7 @@ def run(capsys, *flags):
         ("--config.masked.end=9000", "config.masked.end=9000"),
         ("--config.model.attention.pattern=stream", "did you mean 'streaming_llm'"),
         ("--config.mesh.tensor=3", "config.mesh: data=-1"),
-        ("--config.mesh.tensor=2", "must divide axis"),
+        ("--config.mesh.tensor=8", "must divide axis 'g'"),
         ("--config.data.name=tiny_shakespear", "config.data.name='tiny_shakespear'"),
         ("--worker=3", "--worker=3: no such flag; see --help"),
         ("--config.seed", "--config.seed: needs a value"),
