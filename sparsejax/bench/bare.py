@@ -1,7 +1,7 @@
 """The dense Transformer and its step, written by hand: what the library is held to.
 
-Plain functions of a nested dict of arrays, with the numbers of ``configs/dense.py``
-written where they are used; of the library only attention and its mask are here.
+Plain functions of a nested dict of arrays, whose shapes say all sizes; of the library
+only attention and its mask are here. The constants are those of ``configs/dense.py``.
 
 ``parameters`` holds ``embedding`` "v d", ``norm`` " d" and ``layers``, whose arrays
 have a leading axis ``l``: ``attention_norm``, ``query`` "d h c", ``key`` and ``value``
@@ -84,9 +84,10 @@ def loss_of(parameters: PyTree, batch: PyTree, mask: BlockMask) -> Float[Array, 
     return jnp.sum(nats * follows) / jnp.sum(follows)
 
 
-def make_optimizer(steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW along a cosine of ``steps`` steps; norms and table keep."""
-    peak, warmup = 4e-3, 30
+def make_optimizer(
+    peak: float, *, warmup: int, steps: int
+) -> optax.GradientTransformation:
+    """Clip, then AdamW along a cosine; norms and the embedding do not decay."""
     rate = optax.warmup_cosine_decay_schedule(
         peak / (warmup + 1), peak, warmup, steps, end_value=0.1 * peak
     )
@@ -104,16 +105,17 @@ def make_optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def make_step(
-    optimizer: optax.GradientTransformation, length: int
+    optimizer: optax.GradientTransformation, *, length: int, block: int
 ) -> Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree, Float[Array, ""]]]:
     """Compile ``(parameters, opt, batch) -> (parameters, opt, loss)``; two are donated.
 
     Args:
         optimizer: whose state ``opt`` is.
         length: predicted tokens of a row.
+        block: tokens in a block of the attention's mask.
     """
     mask = BlockMask.from_pattern(
-        causal(), q_len=length, kv_len=length, block_q=32, block_kv=32
+        causal(), q_len=length, kv_len=length, block_q=block, block_kv=block
     )
 
     def step(parameters: PyTree, opt: PyTree, batch: PyTree) -> Any:

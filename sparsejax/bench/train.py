@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.compilation_cache import compilation_cache
 
 from sparsejax.bench import bare
@@ -88,6 +89,20 @@ def bare_parameters(params: PyTree, vocabulary: int) -> PyTree:
     return found
 
 
+def bare_optimizer(config: Config) -> optax.GradientTransformation:
+    """Build the bare loop's optimiser with the numbers of the dense config."""
+    warmup, steps = config.optim.warmup, config.train.steps
+    return bare.make_optimizer(config.optim.learning_rate, warmup=warmup, steps=steps)
+
+
+def bare_step(
+    config: Config, optimizer: optax.GradientTransformation
+) -> Callable[..., Any]:
+    """Build the bare loop's step with the numbers of the dense config."""
+    block = config.model.attention.block_q
+    return bare.make_step(optimizer, length=config.data.seq_len, block=block)
+
+
 class Turns:
     """Called after each of our steps, lets the bare loop take its turn, and times both.
 
@@ -105,9 +120,9 @@ class Turns:
         data.close()
         self._batches = iter([jax.tree.map(jnp.asarray, batch) for batch in batches])
         self._parameters = bare_parameters(params, data.tokenizer.vocab_size)
-        optimizer = bare.make_optimizer(config.train.steps)
+        optimizer = bare_optimizer(config)
         self._opt = optimizer.init(self._parameters)
-        self._step = bare.make_step(optimizer, config.data.seq_len)
+        self._step = bare_step(config, optimizer)
         self._taken = 0
         self._began = time.perf_counter()
 

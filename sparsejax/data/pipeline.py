@@ -201,6 +201,6 @@ def _check(
     if streams % process_count:
         raise ConfigError(
             f"config.data.batch_size={config.batch_size}: its rows come from"
-            f" {streams} streams (the common divisor with {MOST_STREAMS}), which {process_count}"
-            " processes cannot share; their number must divide both"
+            f" {streams} streams (the common divisor with {MOST_STREAMS}), which"
+            f" {process_count} processes cannot share; their number must divide both"
         )

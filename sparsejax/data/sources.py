@@ -173,7 +173,8 @@ def _check_network(config: DataConfig, builder: Any) -> None:
         return
     raise ConfigError(
         f"config.data.name={config.name!r}: must be downloaded, and {url} cannot be"
-        " reached; data.name='english' needs no network, and data.files reads your own text"
+        " reached; data.name='english' needs no network, and data.files reads"
+        " your own text"
     )
 
 

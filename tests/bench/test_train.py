@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.bench import bare
 from sparsejax.bench import table as results
 from sparsejax.bench import train as bench
 from sparsejax.config import convert, read
@@ -13,6 +12,7 @@ from sparsejax.data import Batch, TrainIterator
 from sparsejax.train.config import Config
 from sparsejax.train.loop import Trainer
 from sparsejax.train.metrics import MetricsLog
+from sparsejax.train.optim import make_optimizer
 from sparsejax.train.step import Step
 
 VOCABULARY = 258
@@ -71,8 +71,8 @@ def losses_of_both(config, steps):
     ours = Step(config, VOCABULARY, np.ones(VOCABULARY, np.int32))
     state = jax.jit(ours.init)(jax.random.key(1))
     parameters = bench.bare_parameters(state.params, VOCABULARY)
-    optimizer = bare.make_optimizer(config.train.steps)
-    opt, step = optimizer.init(parameters), bare.make_step(optimizer, LENGTH)
+    optimizer = bench.bare_optimizer(config)
+    opt, step = optimizer.init(parameters), bench.bare_step(config, optimizer)
     train, found = jax.jit(ours.train), []
     for index in range(steps):
         batch = jax.tree.map(jnp.asarray, packed(index % 2))
@@ -88,6 +88,33 @@ def test_the_bare_step_is_our_step():
     ours, same = losses_of_both(convert(Config, dense()), 8)
     np.testing.assert_allclose(same, ours, rtol=1e-5)
     assert ours[-1] < ours[0] - 0.2
+
+
+def updates_of(optimizer, parameters, steps):
+    """What an optimiser makes of the same gradients, some of which need clipping."""
+    state, found = optimizer.init(parameters), []
+    update = jax.jit(optimizer.update)
+    for index in range(steps):
+        scale = 3.0**-index
+        grads = jax.tree.map(lambda x, s=scale: jnp.cos(37 * x) * s, parameters)
+        updates, state = update(grads, state, parameters)
+        found.append(jax.tree.leaves(updates))
+    return found
+
+
+def test_the_bare_optimizer_is_our_optimizer():
+    config = convert(Config, dense(width=32) | {"train": {"steps": 24}})
+    params = jax.jit(Step(config, 64, np.ones(64, np.int32)).init)(jax.random.key(0))
+    same = bench.bare_parameters(params.params, 64)
+    ours = make_optimizer(config.optim, 24, same)
+    # Through the warm-up of twenty steps and down the cosine to its end.
+    for one, two in zip(
+        updates_of(ours, same, 26),
+        updates_of(bench.bare_optimizer(config), same, 26),
+        strict=True,
+    ):
+        for x, y in zip(one, two, strict=True):
+            np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-9)
 
 
 def test_both_loops_read_the_same_batches_and_stay_the_same_model(config, monkeypatch):

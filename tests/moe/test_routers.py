@@ -1,5 +1,7 @@
 """Routers: what all of them keep to, and what each one claims."""
 
+import functools
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ from hypothesis import given
 
 from sparsejax.moe import ROUTERS
 from sparsejax.moe.routers import (
+    _best,
     accepts,
     settings,
     sigma_moe,
@@ -30,8 +33,14 @@ def choices(name):
     return 1 if name == "switch" else 3
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def route(name, logits, **context):
     return ROUTERS[name](logits, k=choices(name), **context)
+
+
+best = jax.jit(_best, static_argnums=1)
+softmax_first = jax.jit(softmax_top_k, static_argnames="k")
+softmax_last = jax.jit(top_k_softmax, static_argnames="k")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,6 +78,14 @@ def test_router_computes_in_float32(name):
 def test_ties_go_to_the_lower_index(name):
     routing = route(name, jnp.zeros((2, EXPERTS)))
     np.testing.assert_array_equal(routing.experts, [list(range(choices(name)))] * 2)
+
+
+@given(seed=st.integers(0, 1000), floor=st.sampled_from([-jnp.inf, -1.0, 0.0]))
+def test_best_is_top_k_with_ties_and_infinities(seed, floor):
+    scores = jnp.maximum(jnp.round(logits_of(seed)), 0)
+    scores = jnp.where(scores > 2, floor, scores)
+    for k in (1, 5, EXPERTS):
+        np.testing.assert_array_equal(best(scores, k), jax.lax.top_k(scores, k)[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -116,7 +133,7 @@ def test_more_experts_than_there_are_are_refused(name, k):
 
 @given(seed=st.integers(0, 1000), k=st.sampled_from([1, 3, EXPERTS]))
 def test_softmax_then_renormalise_is_softmax_of_the_kept(seed, k):
-    a, b = softmax_top_k(logits_of(seed), k=k), top_k_softmax(logits_of(seed), k=k)
+    a, b = (route(logits_of(seed), k=k) for route in (softmax_first, softmax_last))
     np.testing.assert_array_equal(a.experts, b.experts)
     np.testing.assert_allclose(a.weights, b.weights, rtol=1e-5)
 
