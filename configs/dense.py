@@ -39,17 +39,17 @@ def get_config() -> ConfigDict:
                 "name": "adamw",
                 "learning_rate": 4e-3,
                 "schedule": "cosine",
-                "warmup": 20,
+                "warmup": 10,
                 "weight_decay": 0.1,
                 "clip": 1.0,
             },
             "mesh": {"data": -1},
             "train": {
-                "steps": 200,
-                "log_every": 10,
-                "eval_every": 50,
-                "eval_batches": 32,
-                "save_every": 50,
+                "steps": 100,
+                "log_every": 5,
+                "eval_every": 25,
+                "eval_batches": 24,
+                "save_every": 25,
             },
         }
     )

@@ -16,8 +16,8 @@ def get_config() -> ConfigDict:
     config.masked = {
         "density": 0.5,
         "schedule": "cubic",
-        "begin": 40,
-        "end": 140,
-        "every": 20,
+        "begin": 20,
+        "end": 80,
+        "every": 10,
     }
     return config

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 from sparsejax.attention import AttentionConfig
 from sparsejax.config import choose, require
-from sparsejax.memory import MemoryConfig
+from sparsejax.memory import FastFeedForwardConfig, MemoryConfig, PEERConfig
 from sparsejax.moe import ACTIVATIONS, MoEConfig
 
 REMAT = ("none", "full", "dots", "names")
@@ -24,11 +24,15 @@ class GatedConfig:
         choose("activation", self.activation, ACTIVATIONS)
 
 
+AnyMemoryConfig = MemoryConfig | PEERConfig | FastFeedForwardConfig
+FeedForwardConfig = GatedConfig | MoEConfig | AnyMemoryConfig
+
+
 class LayerSpec(NamedTuple):
     """One layer: how it attends, and what follows."""
 
     attention: AttentionConfig
-    feed_forward: GatedConfig | MoEConfig | MemoryConfig
+    feed_forward: FeedForwardConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +51,7 @@ class ModelConfig:
     kv_heads: int
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: GatedConfig | MoEConfig
-    memory: MemoryConfig | None = None
+    memory: AnyMemoryConfig | None = None
     memory_layers: tuple[int, ...] = ()
     tied: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"

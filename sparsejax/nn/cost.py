@@ -14,6 +14,8 @@ import jax
 import numpy as np
 
 from sparsejax.attention import BlockMask
+from sparsejax.memory import MemoryConfig, PEERConfig
+from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import LayerSpec, ModelConfig, runs
 from sparsejax.tree import variables
 from sparsejax.typing import PyTree
@@ -83,9 +85,9 @@ def live_pairs(mask: BlockMask) -> int:
 def _active_share(axes: str, spec: LayerSpec) -> float:
     """Give the share of a parameter that one token uses, from its letters."""
     letters, config = axes.split(), spec.feed_forward
-    if "e" in letters and len(letters) > 3:  # l e d f: experts, not their router
-        return config.per_token / config.experts
-    if "m" in letters:
+    if isinstance(config, MoEConfig) and "e" in letters and len(letters) > 3:
+        return config.per_token / config.experts  # of l e d f, not of the router
+    if isinstance(config, MemoryConfig | PEERConfig) and "m" in letters:
         return config.heads * config.per_head / config.slots
     return 1.0
 

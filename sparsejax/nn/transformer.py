@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.attention import Cache
-from sparsejax.moe import updated_bias
+from sparsejax.moe import MoEConfig, updated_bias
 from sparsejax.nn.blocks import RMSNorm
 from sparsejax.nn.config import ModelConfig, runs
 from sparsejax.nn.stack import Stack
@@ -143,6 +143,10 @@ def rebalanced(
         variables: its state that is not parameters.
         metrics: of the step; ``moe/load`` has a row for each routed layer.
     """
+    ffn = config.ffn
+    if not isinstance(ffn, MoEConfig) or ffn.bias_rate is None:
+        return variables
+    rate = ffn.bias_rate
     routed = [
         n for n in range(config.depth) if config.layer(n).feed_forward == config.ffn
     ]
@@ -155,6 +159,6 @@ def rebalanced(
         first, period = run.start + int(parts[3]), len(run.period)
         rows = [routed.index(first + n * period) for n in range(run.repeats)]
         load = metrics["moe/load"][jnp.array(rows)]
-        return updated_bias(value, load, config.ffn.bias_rate)
+        return updated_bias(value, load, rate)
 
     return map_with_path(move, variables)

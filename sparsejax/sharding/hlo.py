@@ -59,7 +59,7 @@ def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
         here.constants.extend(int(x) for x in _CONSTANT.findall(line))
         loop = _WHILE.search(line)
         if loop:
-            trips.append((name, *loop.groups(), line))
+            trips.append((name, loop[1], loop[2], line))
             continue
         found = _COLLECTIVE.search(line)
         if found:

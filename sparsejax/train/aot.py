@@ -65,7 +65,7 @@ def judge(config: Config, target: Target) -> Judgement:
         rows = NamedSharding(mesh, PartitionSpec(BATCH))
         whole = NamedSharding(mesh, PartitionSpec())
         shape = config.data.batch_size, config.data.seq_len + 1
-        batch = Batch(*[jax.ShapeDtypeStruct(shape, np.int32)] * 3)
+        batch = jax.eval_shape(lambda: Batch(*[np.empty(shape, np.int32)] * 3))
         _, train, _ = compiled(step, cut, rows, whole)
         lowered = train.trace(abstract, batch).lower(
             lowering_platforms=(target.platform,)
