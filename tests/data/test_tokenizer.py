@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.data import ByteTokenizer
+from sparsejax.data import ByteTokenizer, PairTokenizer
 from sparsejax.data.tokenizer import trained_pairs
 
 TEXTS = [b"the cat sat on the mat. " * 50, "naïve 東京 → don't".encode() * 20]
@@ -103,3 +103,12 @@ def test_bpe_batches_hold_the_text(open_small):
     assert data.tokenizer.vocab_size == 400
     assert batch.tokens.max() == data.tokenizer.bos
     assert "cat" in data.tokenizer.decode(batch.tokens[0])
+
+
+def test_the_pair_tokenizer_joins_the_most_frequent_pair_first(tmp_path):
+    texts = [b"abab abab abab cd"] * 3
+    one_merge = trained_pairs(
+        texts, vocab_size=256 + 2 + 1, fingerprint="t", folder=tmp_path
+    )
+    assert isinstance(one_merge, PairTokenizer)
+    assert [len(one_merge.encode(x)) for x in (b"ab", b"cd")] == [1, 2]
