@@ -295,7 +295,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each loop")
-    parser.add_argument("--repeats", type=int, default=3, help="of the compilations")
+    parser.add_argument("--repeats", type=int, default=2, help="of the compilations")
     flags = parser.parse_args(argv)
     rows = []
     for comparison in measured(flags):
