@@ -4,7 +4,7 @@
 #   make test                  format, lint, types, then the tests
 #   make test-slow             the tests that take minutes each
 #   make test-compat PYTHON=3.11   the tests that could differ on an older Python and JAX
-#   make test-aot              compile the kernels for TPU and GPU, without owning one
+#   make test-aot              compile the step for TPU and GPU, without owning one
 #   make bench NAME=...        one benchmark: a table, and a file in results/
 #   make lint                  format, lint, types
 #   make papers                write docs/papers.md again
@@ -20,10 +20,9 @@ ARGS ?=
 JOBS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-# What could change with Python or JAX: everything that calls them.
-COMPAT ?= $(filter-out tests/test_house.py tests/test_style.py tests/test_layering.py \
-  tests/test_papers.py, $(wildcard tests/test_*.py)) \
-  $(wildcard tests/pallas_kernels tests/attention tests/moe tests/memory tests/train)
+# What changes most between lines of Python and JAX.
+COMPAT ?= tests/test_config.py tests/test_tree.py tests/test_partition.py \
+  tests/sharding $(wildcard tests/pallas_kernels) tests/attention
 
 # $(call in,LEVEL) puts the environment's programs first; a failed set-up ends the recipe.
 in = set -e; python=$$(PYTHON='$(PYTHON)' .ci/environment $(1)); bin=$$(dirname $$python)

@@ -14,10 +14,15 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
 from sparsejax.config import convert, fingerprint, override, read
 from sparsejax.train.config import Config
 from sparsejax.train.metrics import read_metrics
+from sparsejax.train.plots import style
 
 CONFIGS = ("dense", "block_attention", "moe", "memory", "masked", "quickstart")
 KEPT = {
@@ -87,8 +92,36 @@ def table(rows: list[dict[str, str]]) -> str:
     return markdown(lines, COLUMNS)
 
 
+def frontier(axes: Axes, rows: list[dict[str, str]]) -> Axes:
+    """Draw held-out loss against useful FLOPs; bars span the seeds."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["config"]].append(row)
+    for name, group in groups.items():
+        bits = [float(row["bits_per_byte"]) for row in group]
+        flops = float(group[0]["useful_flops_per_token"]) / 1e6
+        mean = statistics.mean(bits)
+        error = [[mean - min(bits)], [max(bits) - mean]]
+        axes.errorbar([flops], [mean], error, fmt="o", capsize=4)
+        axes.annotate(
+            f" {name}", (flops, mean), xytext=(6, 4), textcoords="offset points"
+        )
+    axes.margins(x=0.2, y=0.15)
+    axes.set_xlabel("useful FLOPs of a training step, a token (millions)")
+    axes.set_ylabel("held-out bits per byte")
+    return axes
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """Write the frontier as a picture."""
+    with style():
+        figure = Figure(figsize=(6, 4))
+        frontier(figure.subplots(), rows)
+        FigureCanvasAgg(figure).print_png(path)
+
+
 def main(argv: list[str]) -> int:
-    """Run what is missing, and print the table."""
+    """Run what is missing, print the table and draw its picture."""
     parser = argparse.ArgumentParser(prog="python -m sparsejax.bench comparison")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--configs", nargs="+", default=CONFIGS)
@@ -103,5 +136,7 @@ def main(argv: list[str]) -> int:
             row = run(name, seed, overrides)
             rows = [*read_rows("comparison"), row]  # another may have written meanwhile
             write_rows("comparison", rows)
-    sys.stdout.write(table(read_rows("comparison")) + "\n")
+    rows = read_rows("comparison")
+    draw(rows, write_rows("comparison", rows).with_suffix(".png"))
+    sys.stdout.write(table(rows) + "\n")
     return 0

@@ -72,7 +72,6 @@ def _tpu(text: str, generation: str, shape: str) -> Target:
     if generation not in TPU_MEMORY:
         raise ConfigError(f"--aot={text}: no such TPU{near(generation, TPU_MEMORY)}")
     _installed(text, "libtpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{generation}:{shape}"

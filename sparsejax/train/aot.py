@@ -55,11 +55,13 @@ def judge(config: Config, target: Target) -> Judgement:
         ConfigError: if the mesh does not match the target or cannot cut the model.
     """
     mesh = make_mesh(config.mesh, target.devices)
+    tokens = {"bytes": ByteTokenizer.vocab_size, "bpe": config.data.vocab_size}
+    vocabulary = tokens[config.data.tokenizer]
+    # Nothing may be computed, only traced, once the mesh of absent devices is ambient.
+    step = Step(config, vocabulary, np.ones(vocabulary, np.int32))
+    key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        tokens = {"bytes": ByteTokenizer.vocab_size, "bpe": config.data.vocab_size}
-        vocabulary = tokens[config.data.tokenizer]
-        step = Step(config, vocabulary, np.ones(vocabulary, np.int32))
-        abstract = jax.eval_shape(step.init, jax.random.key(0))
+        abstract = jax.eval_shape(step.init, key)
         check_divisible(abstract.params, mesh)
         cut = shardings(abstract, mesh)
         rows = NamedSharding(mesh, PartitionSpec(BATCH))

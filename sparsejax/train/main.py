@@ -4,6 +4,7 @@ JAX and the rest are imported late, so that ``--help`` and a wrong flag answer a
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -62,8 +63,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run; 0 if the job was done, 1 if it failed, 2 if it could not begin."""
+    argv = sys.argv[1:] if argv is None else argv
+    if any(flag.startswith("--aot") for flag in argv):
+        # Read when JAX is imported: look for no hardware, only for its compilers.
+        os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     try:
-        flags, config = parse(sys.argv[1:] if argv is None else argv)
+        flags, config = parse(argv)
         return _main(flags, config)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")

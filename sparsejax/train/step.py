@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -55,7 +56,7 @@ def token_losses(
     targets: Int[Array, "b t"],
     weights: Float[Array, "b t"],
     *,
-    token_bytes: Int[Array, " v"],
+    token_bytes: Int[np.ndarray, " v"],
     chunk: int = 0,
 ) -> Losses:
     """Sum the losses; with ``chunk``, logits of that many positions exist at a time."""
@@ -64,7 +65,7 @@ def token_losses(
         logits = model.logits(x)
         norm = jax.nn.logsumexp(logits, axis=-1)
         hit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        size = token_bytes[targets].astype(jnp.float32)
+        size = jnp.asarray(token_bytes)[targets].astype(jnp.float32)
         return Losses(
             jnp.sum((norm - hit) * weights),
             jnp.sum(norm * norm * weights),
@@ -95,7 +96,7 @@ class Step:
     def __init__(self, config: Config, vocabulary: int, token_bytes: Any) -> None:
         self.config = config
         self.vocabulary = vocabulary
-        self.token_bytes = jnp.asarray(token_bytes, jnp.int32)
+        self.token_bytes = np.asarray(token_bytes, np.int32)
         model = nnx.eval_shape(self._model, jax.random.key(0))
         self.graph, self.params, self.variables = nnx.split(model, nnx.Param, ...)
         steps = config.train.steps
