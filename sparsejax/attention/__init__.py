@@ -1,6 +1,7 @@
 """Sparse attention: patterns say who may read whom, block masks make it cheap."""
 
 from sparsejax.attention.attended import Attended, Segments
+from sparsejax.attention.block_patterns import bigbird, in_blocks, power_attention
 from sparsejax.attention.config import PATTERNS, AttentionConfig
 from sparsejax.attention.layer import Attention, Cache
 from sparsejax.attention.mask import BlockMask
@@ -23,6 +24,11 @@ from sparsejax.attention.patterns import (
     strided,
 )
 from sparsejax.attention.rope import rope
+from sparsejax.attention.video_patterns import (
+    diagonal,
+    multi_diagonal,
+    vertical_stripe,
+)
 
 __all__ = [
     "IMPLEMENTATIONS",
@@ -34,17 +40,23 @@ __all__ = [
     "Cache",
     "Pattern",
     "Segments",
+    "bigbird",
     "block_diagonal",
     "block_sparse_attention",
     "block_sparse_attention_and_lse",
     "causal",
+    "diagonal",
     "dilated",
     "first",
     "fixed",
     "full",
+    "in_blocks",
+    "multi_diagonal",
+    "power_attention",
     "prefix",
     "rope",
     "sliding_window",
     "streaming_llm",
     "strided",
+    "vertical_stripe",
 ]

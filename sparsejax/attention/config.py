@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from sparsejax.attention.block_patterns import bigbird, power_attention
 from sparsejax.attention.operation import IMPLEMENTATIONS
 from sparsejax.attention.patterns import (
     Pattern,
@@ -17,20 +18,30 @@ from sparsejax.attention.patterns import (
     streaming_llm,
     strided,
 )
+from sparsejax.attention.video_patterns import (
+    diagonal,
+    multi_diagonal,
+    vertical_stripe,
+)
 from sparsejax.config import choose, near, require
 
 __all__ = ["PATTERNS", "AttentionConfig"]
 
 PATTERNS: dict[str, Callable[..., Pattern]] = {
+    "bigbird": bigbird,
     "block_diagonal": block_diagonal,
     "causal": causal,
+    "diagonal": diagonal,
     "dilated": dilated,
     "fixed": fixed,
     "full": full,
+    "multi_diagonal": multi_diagonal,
+    "power_attention": power_attention,
     "prefix": prefix,
     "sliding_window": sliding_window,
     "streaming_llm": streaming_llm,
     "strided": strided,
+    "vertical_stripe": vertical_stripe,
 }
 
 
@@ -75,7 +86,8 @@ class AttentionConfig:
             "pattern",
             self.pattern,
             "reads the future; set causal=false if the model may, or choose one of"
-            " causal, dilated, fixed, sliding_window, streaming_llm, strided",
+            " causal, dilated, fixed, power_attention, sliding_window, streaming_llm,"
+            " strided",
         )
 
     def build(self) -> Pattern:
@@ -90,7 +102,11 @@ def _check_arguments(pattern: str, arguments: Mapping[str, int]) -> None:
             hint = near(name, needed) if needed else "; give none"
             rule = f"{pattern} takes no such argument{hint}"
             require(False, f"arguments.{name}", arguments[name], rule)
-    missing = [name for name in needed if name not in arguments]
+    missing = [
+        name
+        for name, parameter in needed.items()
+        if parameter.default is parameter.empty and name not in arguments
+    ]
     rule = f"{pattern} needs {', '.join(missing)}; give each in arguments"
     require(not missing, "arguments", dict(arguments), rule)
     try:

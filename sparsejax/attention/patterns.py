@@ -24,6 +24,7 @@ __all__ = [
     "first",
     "fixed",
     "full",
+    "offsets",
     "prefix",
     "sliding_window",
     "streaming_llm",
@@ -137,14 +138,14 @@ class _Not(Pattern):
     a: Pattern
 
     def __call__(self, i: Any, j: Any) -> Any:
-        return ~self.a(i, j)
+        return self.a(i, j) ^ True  # ``~`` would read a Python bool as a number
 
     def cover(self, rows: Span, columns: Span) -> Cover:
         a = self.a.cover(rows, columns)
         return Cover(~a.every, ~a.some)
 
     def reads(self, rows: Span) -> list[Span]:
-        return [_everywhere(rows)]
+        return [everywhere(rows)]
 
     @property
     def least_offset(self) -> int:
@@ -173,7 +174,7 @@ class _Offsets(Pattern):
         return Cover(some, every)
 
     def reads(self, rows: Span) -> list[Span]:
-        span = _everywhere(rows)
+        span = everywhere(rows)
         lowest = span.first if self.most is None else rows.first - self.most
         highest = span.last if self.least is None else rows.last - self.least
         return [Span(lowest, highest)]
@@ -198,7 +199,7 @@ class _Strides(Pattern):
         return Cover(some, some & ((low == high) | (self.stride == 1)))
 
     def reads(self, rows: Span) -> list[Span]:
-        return [_everywhere(rows)]
+        return [everywhere(rows)]
 
     @property
     def least_offset(self) -> int:
@@ -220,7 +221,7 @@ class _First(Pattern):
         return Cover(some, some & (columns.last < self.length))
 
     def reads(self, rows: Span) -> list[Span]:
-        span = _everywhere(rows)
+        span = everywhere(rows)
         return [Span(span.first, np.minimum(span.last, self.length - 1))]
 
     @property
@@ -246,7 +247,7 @@ class _Tails(Pattern):
         return Cover(some, some & (inside | (self.width == self.stride)))
 
     def reads(self, rows: Span) -> list[Span]:
-        return [_everywhere(rows)]
+        return [everywhere(rows)]
 
     @property
     def least_offset(self) -> int:
@@ -277,29 +278,36 @@ class _SameRun(Pattern):
         return 1 - self.size
 
 
-def _everywhere(rows: Span) -> Span:
+def everywhere(rows: Span) -> Span:
+    """Give every column to every row."""
     return Span(np.zeros_like(rows.first), np.full_like(rows.last, FAR))
 
 
-def _at_least(least: int, **values: int) -> None:
+def at_least(least: int, **values: int) -> None:
+    """Refuse arguments below ``least``, by name."""
     for name, value in values.items():
         if value < least:
             raise ValueError(f"{name}={value}: a pattern needs at least {least}")
 
 
+def offsets(least: int | None, most: int | None) -> Pattern:
+    """Every query reads the keys ``least`` to ``most`` behind it; None is no bound."""
+    return _Offsets(least, most)
+
+
 def full() -> Pattern:
     """Every query reads every key."""
-    return _Offsets(None, None)
+    return offsets(None, None)
 
 
 def causal() -> Pattern:
     """Every query reads itself and its past."""
-    return _Offsets(0, None)
+    return offsets(0, None)
 
 
 def first(length: int) -> Pattern:
     """Every query reads the first ``length`` keys."""
-    _at_least(0, length=length)
+    at_least(0, length=length)
     return _First(length)
 
 
@@ -308,8 +316,8 @@ def sliding_window(window: int) -> Pattern:
 
     Source: Beltagy et al. 2020, arXiv:2004.05150, Sec. 3.1. Departure: the past only.
     """
-    _at_least(1, window=window)
-    return _Offsets(0, window - 1)
+    at_least(1, window=window)
+    return offsets(0, window - 1)
 
 
 def dilated(window: int, dilation: int) -> Pattern:
@@ -317,8 +325,8 @@ def dilated(window: int, dilation: int) -> Pattern:
 
     Source: Beltagy et al. 2020, arXiv:2004.05150, Sec. 3.1. Departure: the past only.
     """
-    _at_least(1, window=window, dilation=dilation)
-    return _Offsets(0, (window - 1) * dilation) & _Strides(dilation)
+    at_least(1, window=window, dilation=dilation)
+    return offsets(0, (window - 1) * dilation) & _Strides(dilation)
 
 
 def streaming_llm(sinks: int, window: int) -> Pattern:
@@ -335,7 +343,7 @@ def strided(stride: int) -> Pattern:
     Source: Child et al. 2019, arXiv:1904.10509, Sec. 4.3. Departure: both sets in one
     head; a tuple of patterns gives each its own heads.
     """
-    _at_least(1, stride=stride)
+    at_least(1, stride=stride)
     return sliding_window(stride) | (causal() & _Strides(stride))
 
 
@@ -345,7 +353,7 @@ def fixed(stride: int, summary: int) -> Pattern:
     Source: Child et al. 2019, arXiv:1904.10509, Sec. 4.3. Departure: both sets in one
     head; a tuple of patterns gives each its own heads.
     """
-    _at_least(1, stride=stride, summary=summary)
+    at_least(1, stride=stride, summary=summary)
     if summary > stride:
         raise ValueError(f"summary={summary}: a run has only stride={stride} positions")
     return causal() & (_SameRun(stride) | _Tails(stride, summary))
@@ -361,5 +369,5 @@ def prefix(length: int) -> Pattern:
 
 def block_diagonal(size: int) -> Pattern:
     """Runs of ``size`` positions that read all of themselves and nothing else."""
-    _at_least(1, size=size)
+    at_least(1, size=size)
     return _SameRun(size)

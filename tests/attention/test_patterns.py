@@ -3,39 +3,77 @@
 import doctest
 
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 
-from sparsejax.attention import PATTERNS, BlockMask, mask, patterns
+from sparsejax.attention import (
+    PATTERNS,
+    BlockMask,
+    block_patterns,
+    mask,
+    patterns,
+    video_patterns,
+)
 from sparsejax.attention.patterns import Span
 
 N = 24
 ROW, COLUMN = np.arange(N)[:, None], np.arange(N)[None]
 
+NAMES = vars(patterns) | vars(block_patterns) | vars(video_patterns)
+
 EXAMPLES = {
+    "bigbird": {"length": N, "block": 2, "random": 2, "seed": 3},
     "block_diagonal": {"size": 5},
     "causal": {},
+    "diagonal": {"width": 3},
     "dilated": {"window": 3, "dilation": 4},
     "fixed": {"stride": 6, "summary": 2},
     "full": {},
+    "multi_diagonal": {"period": 7, "width": 2},
+    "power_attention": {"block": 2, "window": 2, "sinks": 1},
     "prefix": {"length": 7},
     "sliding_window": {"window": 5},
     "streaming_llm": {"sinks": 2, "window": 4},
     "strided": {"stride": 5},
+    "vertical_stripe": {"start": 3, "width": 4},
 }
+
+
+def bigbird_oracle(i, j):
+    row, column, last = i // 2, j // 2, N // 2 - 1
+    ends = {row, column} & {0, last}
+    rule = block_patterns._Random(N // 2, 2, 3)
+    drawn = [int(rule.column(row, pick)) for pick in (0, 1)]
+    return bool(ends) or abs(row - column) < 2 or column in drawn
+
+
+def power_oracle(i, j):
+    distance = i // 2 - j // 2
+    return j <= i and (distance in (0, 1, 2, 4, 8) or j < 2)
+
+
 ORACLES = {
+    "bigbird": bigbird_oracle,
     "block_diagonal": lambda i, j: i // 5 == j // 5,
     "causal": lambda i, j: j <= i,
+    "diagonal": lambda i, j: abs(i - j) < 3,
     "dilated": lambda i, j: i - j in (0, 4, 8),
     "fixed": lambda i, j: j <= i and (i // 6 == j // 6 or j % 6 in (4, 5)),
     "full": lambda i, j: True,
+    "multi_diagonal": lambda i, j: abs(i % 7 - j % 7) < 2,
+    "power_attention": power_oracle,
     "prefix": lambda i, j: j <= i or j < 7,
     "sliding_window": lambda i, j: 0 <= i - j < 5,
     "streaming_llm": lambda i, j: j <= i and (i - j < 4 or j < 2),
     "strided": lambda i, j: j <= i and (i - j < 5 or (i - j) % 5 == 0),
+    "vertical_stripe": lambda i, j: 3 <= j < 7,
 }
-NONCAUSAL = {"full", "prefix", "block_diagonal"}
+NONCAUSAL = {
+    *("bigbird", "block_diagonal", "diagonal", "full", "multi_diagonal", "prefix"),
+    "vertical_stripe",
+}
 
 leaves = st.sampled_from(sorted(EXAMPLES)).map(lambda n: PATTERNS[n](**EXAMPLES[n]))
 expressions = st.recursive(
@@ -76,7 +114,7 @@ def test_patterns_obey_de_morgan(a, b):
 
 @given(pattern=expressions)
 def test_patterns_are_values(pattern):
-    assert pattern == eval(repr(pattern), vars(patterns))
+    assert pattern == eval(repr(pattern), NAMES)
     assert len({pattern, pattern & pattern}) == 2
 
 
@@ -123,6 +161,52 @@ def test_streaming_llm_longer_than_the_text_is_causal():
     )
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5, 6, 9, 40])
+@pytest.mark.parametrize("random", [0, 1, 3])
+def test_bigbird_draws_as_many_blocks_as_are_left_and_none_twice(blocks, random):
+    pattern = patterns.full() & block_patterns.bigbird(blocks, 1, random, seed=5)
+    row, column = np.arange(blocks)[:, None], np.arange(blocks)[None]
+    ends = (np.minimum(row, column) == 0) | (np.maximum(row, column) == blocks - 1)
+    rest = pattern(row, column) & ~ends & (abs(row - column) > 1)
+    free = (~ends & (abs(row - column) > 1)).sum(axis=1)
+    np.testing.assert_array_equal(rest.sum(axis=1), np.minimum(free, random))
+
+
+def test_bigbird_draws_evenly_and_anew_for_each_seed():
+    row, column = np.arange(64)[:, None], np.arange(64)[None]
+    drawn = [block_patterns._Random(64, 3, seed)(row, column) for seed in range(50)]
+    share = np.mean(drawn, axis=0)[2:-2]
+    free = abs(row[2:-2] - column) > 1
+    free[:, [0, -1]] = False
+    # 50 draws of 3 out of 59: about 2.5 a block; none is favoured or forgotten.
+    assert share[free].mean() == pytest.approx(3 / 59, rel=0.01)
+    assert share[free].std() < 1.5 * np.sqrt(3 / 59 / 50)
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_draws_are_the_same_in_32_bits():
+    rule = block_patterns._Random(2**14, 3, 7)
+    row = np.arange(1, 2**14 - 1)
+    for pick in range(3):
+        narrow = rule.column(row.astype("int32"), pick)
+        np.testing.assert_array_equal(rule.column(row, pick), narrow)
+        np.testing.assert_array_equal(rule.column(jnp.asarray(row), pick), narrow)
+
+
+def test_power_attention_reaches_all_of_the_past_in_log_many_layers():
+    pattern = block_patterns.power_attention(block=1, window=1, sinks=0)
+    reach, n = pattern(np.arange(64)[:, None], np.arange(64)[None]).astype(int), 64
+    assert reach.sum(axis=1).max() == 7
+    reached = np.linalg.matrix_power(reach, 6) > 0
+    np.testing.assert_array_equal(reached, np.tril(np.ones((n, n), bool)))
+
+
+def test_wide_phases_and_windows_are_everything():
+    for pattern in (patterns.full(), video_patterns.multi_diagonal(6, 6)):
+        assert pattern(ROW, COLUMN).all()
+    assert video_patterns.diagonal(N)(ROW, COLUMN).all()
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -130,6 +214,10 @@ def test_streaming_llm_longer_than_the_text_is_causal():
         (lambda: patterns.streaming_llm(-1, 4), "length=-1.*at least 0"),
         (lambda: patterns.dilated(3, 0), "dilation=0"),
         (lambda: patterns.fixed(4, 5), "summary=5.*stride=4"),
+        (lambda: block_patterns.bigbird(0), "length=0.*at least 1"),
+        (lambda: block_patterns.power_attention(block=0), "size=0"),
+        (lambda: video_patterns.multi_diagonal(4, 0), "width=0"),
+        (lambda: video_patterns.vertical_stripe(-1, 4), "start=-1"),
     ],
 )
 def test_an_impossible_pattern_names_its_argument(make, words):
@@ -142,6 +230,19 @@ def test_the_documented_examples_hold(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+def test_block_rules_cost_what_they_admit():
+    for pattern in (
+        block_patterns.bigbird(2**13, 64, 3, seed=1),
+        block_patterns.power_attention(64, 5, 1),
+    ):
+        mask = BlockMask.from_pattern(
+            pattern, q_len=2**13, kv_len=2**13, block_q=64, block_kv=64
+        )
+        place = 64 * np.arange(128)
+        admitted = pattern(place[:, None], place[None])
+        np.testing.assert_array_equal(mask.count[0, 0], admitted.sum(axis=1))
 
 
 def test_a_million_positions_need_no_dense_mask():
