@@ -128,9 +128,31 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(config: Any) -> str:
-    """Twelve hexadecimal digits that are equal for equal configs only."""
-    text = json.dumps(to_dict(config), sort_keys=True)
+    """Twelve hexadecimal digits that are equal for equal configs only.
+
+    What has its default counts for nothing, so that a field added later changes no
+    fingerprint of before.
+    """
+    text = json.dumps(_chosen(config), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _chosen(value: Any) -> Any:
+    """Give what differs from the defaults, with the names of the dataclasses."""
+    if dataclasses.is_dataclass(value):
+        found = {"": type(value).__name__}
+        for field in dataclasses.fields(value):
+            inside = getattr(value, field.name)
+            made = field.default_factory
+            default = field.default if made is dataclasses.MISSING else made()
+            if inside != default:
+                found[field.name] = _chosen(inside)
+        return found
+    if isinstance(value, Mapping):
+        return {key: _chosen(inside) for key, inside in value.items()}
+    if isinstance(value, list | tuple):
+        return [_chosen(inside) for inside in value]
+    return value
 
 
 def _options(kind: Any) -> tuple[Any, ...]:

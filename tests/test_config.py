@@ -1,6 +1,6 @@
 """Configs: each way to get one wrong ends in one line that names the fault."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Literal
 
 import pytest
@@ -373,5 +373,13 @@ def test_fingerprints_are_equal_for_equal_configs_only(one, other):
     assert (config.fingerprint(one) == config.fingerprint(other)) == equal
 
 
+def test_a_field_added_later_changes_no_fingerprint_of_before():
+    later = make_dataclass(
+        "Dense", [("added", int, 7)], bases=(Dense,), frozen=True, kw_only=True
+    )
+    assert config.fingerprint(later(hidden=3)) == config.fingerprint(Dense(hidden=3))
+    assert config.fingerprint(later(added=8)) != config.fingerprint(later())
+
+
 def test_a_fingerprint_is_twelve_hexadecimal_digits_and_the_same_in_every_process():
-    assert config.fingerprint(Dense()) == "a1143bd38a4b"
+    assert config.fingerprint(Dense()) == "b56acaf9442e"
