@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from sparsejax.attention.patterns import Cover, Pattern, Span
 
@@ -128,6 +129,22 @@ def _narrow(ids: np.ndarray, count: np.ndarray) -> np.ndarray:
     return np.where(np.arange(width) < count[..., None], ids, 0).astype("int32")
 
 
+def clipped(lists: Lists, capacity: int) -> Lists:
+    """Lists of a fixed width.
+
+    Raises:
+        ValueError: if concrete lists do not fit.
+    """
+    if not is_traced(lists.count):
+        longest = int(np.max(lists.count, initial=0))
+        if longest > capacity:
+            raise ValueError(f"capacity={capacity}: a row reads {longest} blocks")
+    ids = lists.ids[..., :capacity]
+    return Lists(
+        ids, jnp.minimum(lists.count, capacity), jnp.minimum(lists.full, capacity)
+    )
+
+
 def entry_kinds(lists: Lists) -> jax.Array:
     """Kind of every entry of ``ids``; the padding is ``EMPTY``."""
     *lead, width = lists.ids.shape
@@ -169,3 +186,32 @@ def transposed(lists: Lists, *, columns: int, capacity: int) -> Lists:
     slot = jnp.arange(rows * width, dtype="int32") - start[column]
     ids = jnp.zeros((columns, capacity), "int32").at[column, slot].set(row, mode="drop")
     return Lists(ids, count, full)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether values are unknown while a program is being traced."""
+    return isinstance(x, Tracer)
+
+
+def check_blocks(ids: Any, count: Any, grid: Grid) -> None:
+    """Raise ValueError where lists name blocks that are not there, or one twice."""
+    if ids.shape[2] != grid.rows:
+        raise ValueError(
+            f"ids of shape {ids.shape}: q_len={grid.q_len} in blocks of {grid.block_q}"
+            f" has {grid.rows} rows"
+        )
+    if is_traced(ids) or is_traced(count):
+        return
+    ids, count = np.asarray(ids), np.asarray(count)
+    width = ids.shape[-1]
+    if count.min(initial=0) < 0 or count.max(initial=0) > width:
+        raise ValueError(f"count must lie in 0..{width}, the width of ids")
+    live = np.arange(width) < count[..., None]
+    if (live & ((ids < 0) | (ids >= grid.columns))).any():
+        raise ValueError(
+            f"ids must lie in 0..{grid.columns - 1}: kv_len={grid.kv_len} in blocks of"
+            f" {grid.block_kv}"
+        )
+    marked = np.sort(np.where(live, ids, -1 - np.arange(width)), axis=-1)
+    if (marked[..., 1:] == marked[..., :-1]).any():
+        raise ValueError("ids repeat within a row; list each block once")

@@ -4,8 +4,11 @@ Per (batch or 1, head or 1, query block) the mask lists its live key blocks, tho
 without any rule inside first: walking ``ids[..., :full]`` and then
 ``ids[..., full:count]`` is all a kernel does. Inside the others an element is visible
 if ``pattern(i, j)`` holds at absolute positions (``q_offset`` is added to the query's),
-``elements`` holds, and ``j < kv_len``. Sizes and pattern are static, tables may be
-traced.
+``elements`` holds, ``grants`` gives the block to the query, and ``j < kv_len``. Sizes
+and pattern are static, tables may be traced.
+
+Blocks may be as small as one query (every query its own list) and one key (chosen
+tokens); ``coarsened`` turns such lists into the larger blocks that kernels take.
 """
 
 import operator
@@ -15,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from sparsejax.attention import lists as ls
 from sparsejax.attention.patterns import Pattern
@@ -28,6 +30,7 @@ Counts = Int[Array, "b h i"] | Int[np.ndarray, "b h i"]
 Scalar = Int[Array, ""] | Int[np.ndarray, ""] | np.int32
 Choice = Int[Array, " h"] | Int[np.ndarray, " h"] | None
 Elements = Bool[Array, "_ _ t s"] | Bool[np.ndarray, "_ _ t s"] | None
+Grants = Bool[Array, "_ _ t j"] | Bool[np.ndarray, "_ _ t j"] | None
 Dense = Bool[Array, "*b t s"] | Bool[np.ndarray, "*b t s"]
 
 _STATIC = ("patterns", "block_q", "block_kv", "q_len", "kv_len")
@@ -55,6 +58,9 @@ class BlockMask:
     q_offset: Scalar  # absolute position of the first query
     choice: Choice = None  # which of several patterns a head follows
     elements: Elements = None  # visibility of single elements, padded to whole blocks
+    grants: Grants = (
+        None  # blocks that a query may read; queries padded to whole blocks
+    )
     patterns: tuple[Pattern, ...]  # () lets live blocks be visible throughout
     block_q: int
     block_kv: int
@@ -126,7 +132,7 @@ class BlockMask:
                 a concrete count exceeds the table, or if the shapes do not agree.
         """
         grid = _grid(q_len, kv_len, block_q, block_kv)
-        _check_blocks(ids, count, grid)
+        ls.check_blocks(ids, count, grid)
         given = ls.Lists(ids, count, np.zeros(count.shape, "int32"))
         live = ls.entry_kinds(given) > ls.EMPTY
         safe = jnp.where(live, jnp.asarray(ids, "int32"), 0)
@@ -189,6 +195,7 @@ class BlockMask:
             "q_offset": "",
             "choice": "h",
             "elements": "b h t s",
+            "grants": "b h t j",
         }
 
         def of(path: Any, table: Any) -> str:
@@ -242,7 +249,7 @@ class BlockMask:
             ValueError: if concrete tables do not fit ``capacity``.
         """
         longest = None
-        if not _is_traced(self.ids):
+        if not ls.is_traced(self.ids):
             live = np.arange(self.ids.shape[-1]) < np.asarray(self.count)[..., None]
             flat = np.asarray(self.ids).reshape(-1, *self.ids.shape[2:])
             heads = zip(flat, live.reshape(flat.shape), strict=True)
@@ -256,6 +263,63 @@ class BlockMask:
 
         return jax.vmap(jax.vmap(one))(ls.Lists(*map(jnp.asarray, self.lists)))
 
+    def coarsened(
+        self,
+        block_q: int,
+        *,
+        block_kv: int | None = None,
+        capacity: int | None = None,
+    ) -> "BlockMask":
+        """Join the lists of neighbouring rows; the same elements stay visible.
+
+        A coarse row lists the union of its rows' blocks, and ``grants`` says which of
+        its queries may read which. Larger key blocks are told apart by ``elements``
+        instead, which take a byte for every query and key.
+
+        Args:
+            block_q: queries of a coarse row, a multiple of the mask's.
+            block_kv: keys of a coarse block, a multiple of the mask's, or the same.
+            capacity: width of the lists; by default what always suffices. Where it
+                does not, traced lists lose their last blocks.
+
+        Raises:
+            ValueError: if blocks are no multiples, or concrete lists do not fit.
+        """
+        block_kv = self.block_kv if block_kv is None else block_kv
+        grid = _grid(self.q_len, self.kv_len, block_q, block_kv)
+        rows, columns = block_q // self.block_q, block_kv // self.block_kv
+        if block_q % self.block_q or block_kv % self.block_kv:
+            raise ValueError(
+                f"blocks of {block_q} x {block_kv} are not made of whole blocks of"
+                f" {self.block_q} x {self.block_kv}"
+            )
+        edge = grid.rows * rows - self.grid.rows, grid.columns * columns
+        kinds = jnp.pad(
+            self.kinds(),
+            [(0, 0), (0, 0), (0, edge[0]), (0, edge[1] - self.grid.columns)],
+        )
+        cut = kinds.reshape(*kinds.shape[:2], grid.rows, rows, grid.columns, columns)
+        past = jnp.arange(grid.rows * rows).reshape(grid.rows, rows) >= self.grid.rows
+        whole = (cut == ls.FULL) | past[None, None, :, :, None, None]
+        cover = ls.Cover((cut > ls.EMPTY).any((3, 5)), whole.all((3, 5)))
+        width = min(rows * self.ids.shape[-1], grid.columns)
+        table = ls.clipped(ls.ordered(ls.as_kinds(cover)), capacity or width)
+        tables: dict[str, Any] = table._asdict() | {"grants": None}
+        granted = kinds.repeat(self.block_q, 2)
+        if self.grants is not None:
+            given = jnp.pad(self.grants, _edges(self.grants, granted))
+            granted = jnp.where(given, granted, granted * (granted == ls.FULL))
+        granted = granted > ls.EMPTY
+        if block_kv == self.block_kv:
+            tables["grants"] = granted
+        else:
+            elements = granted.repeat(self.block_kv, 3)
+            if self.elements is not None:
+                allowed = jnp.pad(self.elements, _edges(self.elements, elements))
+                elements = elements & allowed
+            tables["elements"] = elements
+        return self.replace(**tables, block_q=block_q, block_kv=block_kv)
+
     def to_dense(self) -> Bool[Array, "b h t s"]:
         """Which query reads which key, element by element."""
         kinds = self.kinds().repeat(self.block_q, 2).repeat(self.block_kv, 3)
@@ -267,6 +331,8 @@ class BlockMask:
             allowed = each[self._choice()][None]
         if self.elements is not None:
             allowed = allowed & self.elements
+        if self.grants is not None:
+            allowed = allowed & jnp.asarray(self.grants).repeat(self.block_kv, 3)
         visible = (kinds == ls.FULL) | ((kinds == ls.PARTIAL) & allowed)
         return visible[:, :, : self.q_len, : self.kv_len]
 
@@ -284,7 +350,9 @@ class BlockMask:
         size = (
             f"{self.q_len} x {self.kv_len} in {self.block_q} x {self.block_kv} blocks"
         )
-        if not isinstance(self.count, jax.Array | np.ndarray) or _is_traced(self.count):
+        if not isinstance(self.count, jax.Array | np.ndarray) or ls.is_traced(
+            self.count
+        ):
             return f"BlockMask({size}, traced)"
         return f"BlockMask({size}, density {self.density():.4f})"
 
@@ -313,8 +381,10 @@ def _unflatten(static: Any, leaves: Any) -> BlockMask:
 jax.tree_util.register_pytree_with_keys(BlockMask, _flatten, _unflatten)
 
 
-def _is_traced(x: Any) -> bool:
-    return isinstance(x, Tracer)
+def _edges(x: Any, target: Any) -> list[tuple[int, int]]:
+    """Padding that makes the last two axes of ``x`` as long as the target's."""
+    ends = zip(x.shape[2:], target.shape[2:], strict=True)
+    return [(0, 0), (0, 0), *((0, n - m) for m, n in ends)]
 
 
 def _offset(q_offset: Any) -> Any:
@@ -327,26 +397,3 @@ def _grid(q_len: int, kv_len: int, block_q: int, block_kv: int) -> ls.Grid:
         if value < 1:
             raise ValueError(f"{name}={value}: must be at least 1")
     return grid
-
-
-def _check_blocks(ids: Any, count: Any, grid: ls.Grid) -> None:
-    if ids.shape[2] != grid.rows:
-        raise ValueError(
-            f"ids of shape {ids.shape}: q_len={grid.q_len} in blocks of {grid.block_q}"
-            f" has {grid.rows} rows"
-        )
-    if _is_traced(ids) or _is_traced(count):
-        return
-    ids, count = np.asarray(ids), np.asarray(count)
-    width = ids.shape[-1]
-    if count.min(initial=0) < 0 or count.max(initial=0) > width:
-        raise ValueError(f"count must lie in 0..{width}, the width of ids")
-    live = np.arange(width) < count[..., None]
-    if (live & ((ids < 0) | (ids >= grid.columns))).any():
-        raise ValueError(
-            f"ids must lie in 0..{grid.columns - 1}: kv_len={grid.kv_len} in blocks of"
-            f" {grid.block_kv}"
-        )
-    marked = np.sort(np.where(live, ids, -1 - np.arange(width)), axis=-1)
-    if (marked[..., 1:] == marked[..., :-1]).any():
-        raise ValueError("ids repeat within a row; list each block once")

@@ -7,7 +7,9 @@ gives 0 and a log-denominator of -inf, and receives gradient 0.
 
 from sparsejax.attention.attended import Attended, Segments, join_sinks
 from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.mosaic_tpu import mosaic_tpu
 from sparsejax.attention.reference import reference
+from sparsejax.attention.target import platform
 from sparsejax.attention.xla import xla
 from sparsejax.config import near
 from sparsejax.typing import Array, Float
@@ -18,7 +20,8 @@ __all__ = [
     "block_sparse_attention_and_lse",
 ]
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+IMPLEMENTATIONS = {"reference": reference, "xla": xla, "mosaic_tpu": mosaic_tpu}
+BY_PLATFORM = {"tpu": "mosaic_tpu"}  # "xla" elsewhere
 
 
 def block_sparse_attention(  # noqa: PLR0913  the signature of the design
@@ -31,6 +34,7 @@ def block_sparse_attention(  # noqa: PLR0913  the signature of the design
     softcap: float | None = None,
     sinks: Float[Array, " h"] | None = None,
     segments: Segments | None = None,
+    bias: Float[Array, "b g s"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "b t h c"]:
     """Attend where the mask lets it; see ``block_sparse_attention_and_lse``."""
@@ -43,6 +47,7 @@ def block_sparse_attention(  # noqa: PLR0913  the signature of the design
         softcap=softcap,
         sinks=sinks,
         segments=segments,
+        bias=bias,
         implementation=implementation,
     ).values
 
@@ -57,6 +62,7 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     softcap: float | None = None,
     sinks: Float[Array, " h"] | None = None,
     segments: Segments | None = None,
+    bias: Float[Array, "b g s"] | None = None,
     implementation: str | None = None,
 ) -> Attended:
     """Attend where the mask lets it, and give the softmax's log-denominator too.
@@ -66,6 +72,7 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
         softcap: bounds the logits smoothly, ``softcap * tanh(logits / softcap)``.
         sinks: one more logit per query head, of value 0, in the denominator.
         segments: packed documents; positions see each other only within one.
+        bias: added to the logits of each key, after scale and softcap; -inf hides it.
         implementation: a name in ``IMPLEMENTATIONS``; None picks by platform.
 
     Raises:
@@ -74,7 +81,8 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     """
     _check(q, k, v, mask)
     _check_extras(q, k, softcap, sinks, segments)
-    name = "xla" if implementation is None else implementation
+    _check_bias(k, bias)
+    name = implementation or BY_PLATFORM.get(platform(), "xla")
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r}: no such name{near(name, IMPLEMENTATIONS)}"
@@ -87,6 +95,7 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
         segments=segments,
+        bias=bias,
     )
     if sinks is not None:
         attended = join_sinks(attended, sinks)
@@ -137,3 +146,14 @@ def _check_extras(
     found, needed = (segments.q.shape, segments.kv.shape), (q.shape[:2], k.shape[:2])
     if found != needed:
         raise ValueError(f"segments of shapes {found}: q and k need {needed}")
+
+
+def _check_bias(k: Array, bias: Array | None) -> None:
+    if bias is None:
+        return
+    needed = (k.shape[0], k.shape[2], k.shape[1])
+    if bias.shape != needed or bias.dtype != "float32":
+        raise ValueError(
+            f"bias {bias.dtype}{bias.shape}: needs float32 and one value for each batch"
+            f" element, key head and key, {needed}"
+        )

@@ -18,6 +18,7 @@ def reference(
     scale: float,
     softcap: float | None = None,
     segments: Segments | None = None,
+    bias: Float[Array, "b g s"] | None = None,
 ) -> Attended:
     """Masked softmax attention over a dense score matrix; rows of no key give 0."""
     wide = jnp.promote_types(q.dtype, "float32")
@@ -27,6 +28,9 @@ def reference(
     scores = scores.reshape(b, h, t, -1)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        each = bias.astype(wide).repeat(h // k.shape[2], axis=1)
+        scores = scores + each[:, :, None, :]
     visible = mask.to_dense()
     if segments is not None:
         same = segments.q[:, None, :, None] == segments.kv[:, None, None, :]

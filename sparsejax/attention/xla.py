@@ -37,13 +37,15 @@ def xla(
     scale: float,
     softcap: float | None = None,
     segments: Segments | None = None,
+    bias: Float[Array, "b g s"] | None = None,
 ) -> Attended:
     """Online softmax over the live blocks; values come back in float32."""
     if segments is not None:
         mask = restrict(mask, segments)
+    bias = None if bias is None else bias.mT[..., None]
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
-    q, k, v = _alike((q, k, v), q, k, v, mask, segments)
-    return _attend(q, k, v, mask, segments, _Score(scale, softcap))
+    q, k, v, bias = _alike((q, k, v, bias), q, k, v, mask, segments, bias)
+    return _attend(q, k, v, bias, mask, segments, _Score(scale, softcap))
 
 
 class _Score(NamedTuple):
@@ -140,6 +142,7 @@ class _Row(NamedTuple):
     top: Any  # absolute position of its first query
     choice: Any  # which pattern, or None
     elements: Any  # [N, block_q, keys], or None
+    grants: Any  # [N, block_q, key blocks], or None
     segments: Any  # [N, B, block_q], or None
     batch: Any  # which of the batch elements with own lists
 
@@ -150,15 +153,19 @@ def _rows(mask: BlockMask, layout: _Layout, segments: Segments | None) -> _Row:
     top = (place % layout.rows * layout.block_q).astype("int32") + jnp.asarray(
         mask.q_offset
     )
-    choice = elements = numbers = None
+    choice = numbers = None
     head = place // layout.rows % layout.heads
     if mask.choice is not None:
         choice = jnp.asarray(mask.choice)[head]
     batch = place // layout.rows // layout.heads
-    if mask.elements is not None:
-        eb, eh = mask.elements.shape[:2]
-        tiles = mask.elements.reshape(eb, eh, layout.rows, layout.block_q, -1)
-        elements = tiles[batch % eb, head % eh, place % layout.rows]
+
+    def of_rows(table: Any) -> Any:
+        if table is None:
+            return None
+        b, h = table.shape[:2]
+        tiles = jnp.asarray(table).reshape(b, h, layout.rows, layout.block_q, -1)
+        return tiles[batch % b, head % h, place % layout.rows]
+
     if segments is not None:
         padded = _pad(segments.q, 1, layout.rows * layout.block_q)
         padded = padded.reshape(layout.batches, -1, layout.rows, layout.block_q)
@@ -170,7 +177,8 @@ def _rows(mask: BlockMask, layout: _Layout, segments: Segments | None) -> _Row:
         key_base=jnp.asarray(layout.key_base()),
         top=top,
         choice=choice,
-        elements=elements,
+        elements=of_rows(mask.elements),
+        grants=of_rows(mask.grants),
         segments=numbers,
         batch=jnp.asarray(batch.astype("int32")),
     )
@@ -190,6 +198,8 @@ def _visible(row: _Row, block: Array, mask: BlockMask, key_segments: Any) -> Arr
     if row.elements is not None:
         tile = jax.lax.dynamic_slice_in_dim(row.elements, block * bk, bk, axis=1)
         allowed = allowed & tile
+    if row.grants is not None:
+        allowed = allowed & row.grants[:, block][:, None]
     allowed = allowed[None]
     if row.segments is not None:
         keys = jax.lax.dynamic_slice_in_dim(
@@ -227,14 +237,14 @@ def _masked(logits: Array, visible: Array) -> Array:
     return jnp.where(visible, logits.reshape(split), -jnp.inf).reshape(logits.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, mask, segments, score) -> Attended:
-    return _forward(q, k, v, mask, segments, score)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attend(q, k, v, bias, mask, segments, score) -> Attended:
+    return _forward(q, k, v, bias, mask, segments, score)
 
 
-def _forward(q, k, v, mask, segments, score: _Score) -> Attended:
+def _forward(q, k, v, bias, mask, segments, score: _Score) -> Attended:
     layout = _Layout.of(mask, k.shape[2])
-    keys, values = layout.kv_rows(k), layout.kv_rows(v)
+    keys, values, biases = jax.tree.map(layout.kv_rows, (k, v, bias))
     q_rows = layout.q_rows(q, k.shape[2])
     key_segments = _key_segments(segments, layout)
 
@@ -243,15 +253,15 @@ def _forward(q, k, v, mask, segments, score: _Score) -> Attended:
 
         def step(block, state, *, ruled):
             top, total, out = state
-            logits = score.logits(
-                _product(queries, keys[row.key_base + block], "bgqc,bgkc->bgqk")
-            )
+            at = row.key_base + block
+            logits = score.logits(_product(queries, keys[at], "bgqc,bgkc->bgqk"))
+            logits = logits if biases is None else logits + biases[at].mT
             if ruled:
                 logits = _masked(logits, _visible(row, block, mask, key_segments))
             higher = jnp.maximum(top, logits.max(axis=-1))
             weights = jnp.exp(logits - higher[..., None])
             kept = jnp.exp(top - higher)
-            tile = values[row.key_base + block]
+            tile = values[at]
             update = _product(weights.astype(tile.dtype), tile, "bgqk,bgkc->bgqc")
             # A product with ones: for a sum XLA would compute the exponentials twice.
             ones = jnp.ones((*weights.shape[:2], weights.shape[-1]))
@@ -260,7 +270,7 @@ def _forward(q, k, v, mask, segments, score: _Score) -> Attended:
 
         shape = queries.shape[:-1]
         start = (jnp.full(shape, _FLOOR), jnp.zeros(shape), jnp.zeros(queries.shape))
-        top, total, out = _walk(row, step, _alike(start, q, k, v, row))
+        top, total, out = _walk(row, step, _alike(start, q, k, v, bias, row))
         seen = total > 0
         lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
         return carry, (out / jnp.where(seen, total, 1)[..., None], lse[..., None])
@@ -271,15 +281,15 @@ def _forward(q, k, v, mask, segments, score: _Score) -> Attended:
     return Attended(layout.from_q_rows(out, q.shape), lse.mT)
 
 
-def _attend_forward(q, k, v, mask, segments, score):
-    attended = _forward(q, k, v, mask, segments, score)
-    return attended, (q, k, v, mask, segments, attended)
+def _attend_forward(q, k, v, bias, mask, segments, score):
+    attended = _forward(q, k, v, bias, mask, segments, score)
+    return attended, (q, k, v, bias, mask, segments, attended)
 
 
 def _attend_backward(score: _Score, saved, cotangent: Attended):
-    q, k, v, mask, segments, attended = saved
+    q, k, v, bias, mask, segments, attended = saved
     layout = _Layout.of(mask, k.shape[2])
-    keys, values = layout.kv_rows(k), layout.kv_rows(v)
+    keys, values, biases = jax.tree.map(layout.kv_rows, (k, v, bias))
     key_segments = _key_segments(segments, layout)
     dout = cotangent.values.astype("float32")
     # A row that saw nothing: with +inf, exp(logit - lse) is 0 and not NaN.
@@ -297,31 +307,38 @@ def _attend_backward(score: _Score, saved, cotangent: Attended):
         row, queries, dout, delta, lse = inputs
 
         def step(block, state, *, ruled):
-            dq, dk, dv = state
+            dq, dk, dv, dbias = state
             at = row.key_base + block
             logits = score.logits(_product(queries, keys[at], "bgqc,bgkc->bgqk"))
             slope = score.slope(logits)
+            logits = logits if biases is None else logits + biases[at].mT
             if ruled:
                 logits = _masked(logits, _visible(row, block, mask, key_segments))
             weights = jnp.exp(logits - lse)
             dweights = _product(dout, values[at], "bgqc,bgkc->bgqk")
-            dscores = (weights * (dweights - delta) * slope).astype(q.dtype)
+            dlogits = weights * (dweights - delta)
+            if biases is not None:
+                dbias = dbias.at[at].add(dlogits.sum(axis=2)[..., None])
+            dscores = (dlogits * slope).astype(q.dtype)
             dq = dq + _product(dscores, keys[at], "bgqk,bgkc->bgqc")
             dk = dk.at[at].add(_product(dscores, queries, "bgqk,bgqc->bgkc"))
             weights = weights.astype(q.dtype)
-            return dq, dk, dv.at[at].add(_product(weights, dout, "bgqk,bgqc->bgkc"))
+            dv = dv.at[at].add(_product(weights, dout, "bgqk,bgqc->bgkc"))
+            return dq, dk, dv, dbias
 
         start = _alike(jnp.zeros(queries.shape), q, k, v, row, cotangent)
         dq, *carry = _walk(row, step, (start, *carry))
         return tuple(carry), dq
 
     rows = _rows(mask, layout, segments)
-    zeros = _alike((jnp.zeros(keys.shape),) * 2, q, k, v, rows, cotangent)
-    (dk, dv), dq = jax.lax.scan(visit, zeros, (rows, *arrays))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (keys, values, biases))
+    zeros = _alike(zeros, q, k, v, bias, rows, cotangent)
+    (dk, dv, dbias), dq = jax.lax.scan(visit, zeros, (rows, *arrays))
     return (
         layout.from_q_rows(dq, q.shape).astype(q.dtype),
         layout.from_kv_rows(dk, k.shape).astype(k.dtype),
         layout.from_kv_rows(dv, v.shape).astype(v.dtype),
+        None if bias is None else layout.from_kv_rows(dbias, bias.shape),
         None,
         None,
     )

@@ -187,6 +187,45 @@ def test_segments_in_order_leave_only_their_own_blocks():
     np.testing.assert_array_equal(kinds_of(tight)[0, 0], np.eye(4, dtype="int8"))
 
 
+def lists(seed, *, block_kv):
+    """A random list for each query of two heads, with ``causal`` inside the blocks."""
+    random = np.random.default_rng(seed)
+    columns = -(-27 // block_kv)
+    ids = random.random((1, 2, 21, columns)).argsort(-1)[..., :3].astype("int32")
+    count = random.integers(0, 4, (1, 2, 21)).astype("int32")
+    sizes = SIZES | {"block_q": 1, "block_kv": block_kv}
+    return BlockMask.from_blocks(ids, count, **sizes, pattern=causal(), q_offset=9)
+
+
+@given(seed=st.integers(0, 99))
+@pytest.mark.parametrize(("fine", "coarse"), [(6, None), (6, 12), (1, None), (1, 6)])
+def test_coarser_blocks_show_the_same_elements(fine, coarse, seed):
+    mask = lists(seed, block_kv=fine)
+    found = jax.jit(lambda m: m.coarsened(4, block_kv=coarse))(mask)
+    assert (found.block_q, found.block_kv) == (4, coarse or fine)
+    assert found.ids.shape[-1] <= 4 * mask.ids.shape[-1]
+    check_lists(found)
+    np.testing.assert_array_equal(found.to_dense(), mask.to_dense())
+    again = found.coarsened(8, block_kv=2 * found.block_kv)
+    np.testing.assert_array_equal(again.to_dense(), mask.to_dense())
+
+
+def test_a_coarse_row_has_a_full_block_where_all_its_queries_have():
+    ids = np.zeros((1, 1, 8, 1), "int32")
+    sizes = {"q_len": 8, "kv_len": 8, "block_q": 1, "block_kv": 4}
+    mask = BlockMask.from_blocks(ids, np.ones((1, 1, 8), "int32"), **sizes)
+    np.testing.assert_array_equal(kinds_of(mask.coarsened(4))[0, 0], [[2, 0], [2, 0]])
+
+
+def test_coarsening_names_what_does_not_fit():
+    mask = lists(0, block_kv=6)
+    with pytest.raises(ValueError, match="blocks of 4 x 8 are not .* 1 x 6"):
+        mask.coarsened(4, block_kv=8)
+    with pytest.raises(ValueError, match="capacity=1: a row reads"):
+        mask.coarsened(4, capacity=1)
+    assert mask.coarsened(4).axes().grants == "1 h t j"
+
+
 def test_density_counts_blocks():
     mask = BlockMask.from_pattern(causal(), q_len=32, kv_len=32, block_q=8, block_kv=8)
     assert mask.density() == 10 / 16

@@ -34,6 +34,14 @@ def some_dense(*lead):
     return live
 
 
+def chosen(*lead, width):
+    """Some of the last axis' blocks, in any order, for each of the other axes."""
+    random = np.random.default_rng(1)
+    ids = random.random(lead).argsort(-1)[..., :width].astype("int32")
+    return ids, random.integers(0, width + 1, lead[:-1]).astype("int32")
+
+
+LISTS = SIZES | {"block_q": 1}
 MASKS = {
     "causal": lambda: BlockMask.from_pattern(causal(), **SIZES, q_offset=7),
     "window": lambda: BlockMask.from_pattern(sliding_window(6), **SIZES),
@@ -47,6 +55,14 @@ MASKS = {
         some_dense(2, 1), block_q=4, block_kv=8
     ),
     "dense_all": lambda: BlockMask.from_dense(some_dense(2, 4), block_q=4, block_kv=8),
+    "coarse": lambda: MASKS["lists"]().coarsened(4),
+    "lists": lambda: BlockMask.from_blocks(
+        *chosen(2, 4, 22, 4, width=3), **LISTS, pattern=causal(), q_offset=7
+    ),
+    "tokens": lambda: BlockMask.from_blocks(
+        *chosen(2, 1, 22, 29, width=9), **LISTS | {"block_kv": 1}, pattern=causal()
+    ),
+    "coarse_tokens": lambda: MASKS["tokens"]().coarsened(4, block_kv=8),
     "blocks": lambda: BlockMask.from_blocks(
         np.tile(np.array([2, 0], "int32"), (1, 1, 6, 1)),
         np.array([[[0, 1, 2, 2, 1, 2]]], "int32"),
@@ -82,12 +98,13 @@ def dense(q, k, v, mask):
     return Attended(values, jax.nn.logsumexp(logits, -1).astype("float32"))
 
 
-def both(q, k, v, mask, *, sinks=None, segments=None, implementation, **kwargs):
-    """Attended, and gradients by q, k, v and the sinks."""
+def both(q, k, v, mask, *, segments=None, implementation, **kwargs):
+    """Attended, and gradients by q, k, v, the sinks and the bias."""
+    learned = {n: kwargs.pop(n) for n in ("sinks", "bias") if n in kwargs}
 
     @jax.jit
-    def run(q, k, v, sinks, mask, segments):
-        def loss(q, k, v, sinks):
+    def run(q, k, v, learned, mask, segments):
+        def loss(q, k, v, learned):
             if implementation == "dense":
                 attended = dense(q, k, v, mask)
                 return weigh(attended), attended
@@ -96,17 +113,16 @@ def both(q, k, v, mask, *, sinks=None, segments=None, implementation, **kwargs):
                 k,
                 v,
                 mask,
-                sinks=sinks,
                 segments=segments,
                 implementation=implementation,
+                **learned,
                 **kwargs,
             )
             return weigh(attended), attended
 
-        wanted = (0, 1, 2) if sinks is None else (0, 1, 2, 3)
-        return jax.grad(loss, argnums=wanted, has_aux=True)(q, k, v, sinks)
+        return jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(q, k, v, learned)
 
-    gradients, attended = run(q, k, v, sinks, mask, segments)
+    gradients, attended = run(q, k, v, learned, mask, segments)
     return attended, gradients
 
 
@@ -134,11 +150,14 @@ def test_xla_equals_the_reference(name, key):
     assert_equal_trees(fast, both(q, k, v, MASKS[name](), implementation="reference"))
 
 
-@pytest.mark.parametrize("name", ["causal", "heads", "dense_batch"])
+@pytest.mark.parametrize(
+    "name", ["causal", "heads", "dense_batch", "coarse", "lists", "tokens"]
+)
 def test_xla_equals_the_reference_with_all_extras(name, key):
     q, k, v = arrays(key)
     extras = {"scale": 0.7, "softcap": 2.0, "segments": SEGMENTS}
     extras["sinks"] = jnp.linspace(-1, 1, 4)
+    extras["bias"] = jax.random.normal(key, (2, 2, 29))
     fast = both(q, k, v, MASKS[name](), implementation="xla", **extras)
     slow = both(q, k, v, MASKS[name](), implementation="reference", **extras)
     assert_equal_trees(fast, slow)
@@ -174,6 +193,21 @@ def test_a_sink_is_one_more_key_of_value_zero(implementation, key):
         jnp.einsum("bhts,bshc->bthc", weights, v), jax.nn.logsumexp(logits, -1)
     )
     assert_equal_trees(found, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_bias_of_minus_infinity_hides_a_key(implementation, key):
+    q, k, v = arrays(key)
+    hidden = np.random.default_rng(0).random((2, 2, 1, 29)) < 0.5
+    mask = np.tile(~hidden.repeat(2, 1), (1, 1, 22, 1))
+    mask = BlockMask.from_dense(mask, block_q=4, block_kv=8)
+    expected, slopes = both(q, k, v, mask, implementation="reference")
+    bias = jnp.where(hidden[:, :, 0], -jnp.inf, 0)
+    found, gradients = both(
+        q, k, v, MASKS["full"](), bias=bias, implementation=implementation
+    )
+    assert_equal_trees((found, gradients[:3]), (expected, slopes[:3]))
+    assert (gradients[3]["bias"][hidden[:, :, 0]] == 0).all()
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
@@ -338,6 +372,7 @@ NUMBERS = jnp.ones((2, 22), "int32")
             "22 x 30",
         ),
         ({"mask": BlockMask.from_pattern((causal(),) * 3, **SIZES)}, r"\(1, 3\)"),
+        ({"bias": jnp.zeros((2, 4, 29))}, r"bias float32\(2, 4, 29\): .*\(2, 2, 29\)"),
         ({"softcap": 0.0}, "softcap=0.0: must be positive"),
         ({"implementation": "xlaa"}, "did you mean 'xla'"),
         ({"segments": Segments(NUMBERS, NUMBERS)}, "need"),
