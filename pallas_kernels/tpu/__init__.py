@@ -1,0 +1,8 @@
+"""TPU kernels: arrays in, arrays out.
+
+Elsewhere they run in JAX's simulator of a TPU if traced under ``interpreted()``.
+"""
+
+from pallas_kernels.tpu.interpreter import interpreted, is_interpreted
+
+__all__ = ["interpreted", "is_interpreted"]

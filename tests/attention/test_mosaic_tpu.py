@@ -1,0 +1,302 @@
+"""The TPU kernels in JAX's simulator equal attention by definition, and do no more."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from pallas_kernels.tpu import interpreted
+from sparsejax.attention import (
+    BlockMask,
+    Segments,
+    block_sparse_attention,
+    block_sparse_attention_and_lse,
+    causal,
+    fixed,
+    full,
+    mosaic_tpu,
+    sliding_window,
+    strided,
+)
+from tests.attention.test_operation import arrays, both, packed
+
+SIZES = {"q_len": 22, "kv_len": 29, "block_q": 8, "block_kv": 8}
+# As for the other implementations: logits and gradients are sums of hundreds of terms.
+CLOSE = {"rtol": 2e-5, "atol": 5e-6}
+DEAD = np.array([9, *range(16, 22)])
+
+
+def some_dense(*lead):
+    live = np.random.default_rng(0).random((*lead, 22, 29)) < 0.2
+    live[..., :8, 8:16] = True  # a full block
+    live[..., DEAD, :] = False  # an empty row in a live block, and an empty block row
+    live[..., :, 16:24] = False  # an empty block column
+    return live
+
+
+def from_dense(*lead):
+    return BlockMask.from_dense(some_dense(*lead), block_q=8, block_kv=8)
+
+
+def chosen(*lead, width):
+    """Lists of up to ``width`` of four key blocks."""
+    random = np.random.default_rng(1)
+    ids = random.random((*lead, 4)).argsort(-1)[..., :width].astype("int32")
+    return ids, random.integers(0, width + 1, lead).astype("int32")
+
+
+MASKS = {
+    "causal": lambda: BlockMask.from_pattern(causal(), **SIZES, q_offset=7),
+    "window": lambda: BlockMask.from_pattern(sliding_window(6), **SIZES),
+    "heads": lambda: BlockMask.from_pattern(
+        (fixed(8, 2), strided(5), sliding_window(3), full()), **SIZES, q_offset=7
+    ),
+    "dense": from_dense,
+    "dense_heads": lambda: from_dense(4),
+    "dense_batch": lambda: from_dense(2, 1),
+    "blocks": lambda: BlockMask.from_blocks(
+        *chosen(2, 4, 3, width=3), **SIZES, pattern=causal(), q_offset=7
+    ),
+    "uneven": lambda: BlockMask.from_pattern(
+        causal(), **SIZES | {"block_q": 12, "block_kv": 15}, q_offset=7
+    ),
+    "grants": lambda: BlockMask.from_blocks(
+        *chosen(2, 4, 22, width=3), **SIZES | {"block_q": 1}, pattern=causal()
+    ).coarsened(8),
+}
+SEGMENTS = Segments(
+    jnp.stack([packed(22, 3, 9, 20), packed(22, 0, 22, 22)]),
+    jnp.stack([packed(29, 5, 11, 25), packed(29, 0, 30, 30)]),
+)
+
+
+def run(q, k, v, mask, **kwargs):
+    with interpreted():
+        return jax.block_until_ready(
+            both(q, k, v, mask, implementation="mosaic_tpu", **kwargs)
+        )
+
+
+def assert_equal_trees(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(MASKS))
+def test_the_kernels_equal_the_reference(name, key):
+    q, k, v = arrays(key)
+    expected = both(q, k, v, MASKS[name](), implementation="reference")
+    assert_equal_trees(run(q, k, v, MASKS[name]()), expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "heads", "grants"])
+def test_the_kernels_equal_the_reference_with_all_extras(name, key):
+    q, k, v = arrays(key)
+    extras = {"scale": 0.7, "softcap": 2.0, "segments": SEGMENTS}
+    extras["sinks"] = jnp.linspace(-1, 1, 4)
+    extras["bias"] = jax.random.normal(key, (2, 2, 29)).at[0, 1, 3].set(-jnp.inf)
+    expected = both(q, k, v, MASKS[name](), implementation="reference", **extras)
+    assert_equal_trees(run(q, k, v, MASKS[name](), **extras), expected)
+
+
+@pytest.mark.parametrize(("h", "g"), [(4, 4), (4, 1), (6, 3)])
+def test_grouped_heads_read_their_own_keys(h, g, key):
+    q, k, v = arrays(key, h=h, g=g)
+    for pattern in (causal(), (causal(),) * h):
+        mask = BlockMask.from_pattern(pattern, **SIZES)
+        expected = both(q, k, v, mask, implementation="reference")
+        assert_equal_trees(run(q, k, v, mask), expected)
+
+
+def test_heads_that_do_not_fit_into_one_block_are_walked_in_turn(key, monkeypatch):
+    q, k, v = arrays(key, h=8)
+    mask = MASKS["causal"]()
+    expected = both(q, k, v, mask, implementation="reference")
+    monkeypatch.setattr(mosaic_tpu, "PACKED", 16)  # two of the four heads of a group
+    assert_equal_trees(run(q, k, v, mask), expected)
+
+
+@pytest.mark.parametrize("name", ["causal", "blocks"])
+def test_long_lists_are_walked_in_several_calls(name, key, monkeypatch):
+    q, k, v = arrays(key)
+    mask = MASKS[name]()
+    expected = both(q, k, v, mask, implementation="reference")
+    most = 9 if name == "causal" else 40
+    monkeypatch.setattr(mosaic_tpu, "PAIRS", most)
+    assert_equal_trees(run(q, k, v, mask), expected)
+
+
+def test_rows_that_see_nothing_give_zero_and_receive_no_gradient(key):
+    q, k, v = arrays(key)
+    attended, gradients = run(q, k, v, MASKS["dense"]())
+    assert (attended.values[:, DEAD] == 0).all()
+    assert (attended.lse[:, :, DEAD] == -np.inf).all()
+    assert (gradients[0][:, DEAD] == 0).all()
+    assert all((x[:, 16:24] == 0).all() for x in gradients[1:3])
+
+
+def test_dead_blocks_are_never_read(key):
+    q, k, v = arrays(key)
+    mask = MASKS["dense"]()
+    poison = jnp.zeros((1, 29, 1, 1)).at[:, 16:24].set(jnp.nan)
+    dead = jnp.zeros((1, 22, 1, 1)).at[:, 16:22].set(jnp.nan)
+    clean = run(q, k, v, mask)
+    assert_equal_trees(run(q + dead, k + poison, v + poison, mask), clean)
+
+
+def test_ids_past_the_count_are_never_read(key):
+    q, k, v = arrays(key)
+    mask = MASKS["blocks"]()
+    past = np.arange(mask.ids.shape[-1]) >= np.asarray(mask.count)[..., None]
+    spoiled = mask.replace(ids=np.where(past, 2**30, mask.ids).astype("int32"))
+    assert_equal_trees(run(q, k, v, spoiled), run(q, k, v, mask))
+
+
+@pytest.mark.parametrize("name", ["causal", "heads"])
+def test_bfloat16_errs_little_more_than_dense_attention_in_bfloat16(name, key):
+    exact = [x.astype("bfloat16").astype("float32") for x in arrays(key)]
+    coarse = [x.astype("bfloat16") for x in exact]
+    truth = both(*exact, MASKS[name](), implementation="reference")
+    rough = both(*coarse, MASKS[name](), implementation="dense")
+    fast = run(*coarse, MASKS[name]())
+
+    def errors(found):
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(truth), strict=True)
+        return np.array([jnp.std(a.astype("float32") - b) for a, b in pairs])
+
+    assert fast[0].values.dtype == "bfloat16"
+    assert (errors(fast) <= 3 * errors(rough)).all()
+
+
+@pytest.mark.parametrize(("t", "h"), [(1, 4), (1, 2), (3, 4)])
+def test_a_few_queries_read_a_long_cache(t, h, key):
+    q, k, v = arrays(key, t=t, h=h, s=40)
+
+    @jax.jit
+    def decode(offset):
+        mask = BlockMask.from_pattern(
+            causal(), q_len=t, kv_len=40, block_q=t, block_kv=8, q_offset=offset
+        )
+        return [
+            block_sparse_attention(q, k, v, mask, implementation=name)
+            for name in ("mosaic_tpu", "reference")
+        ]
+
+    for offset in (0, 30):
+        with interpreted():
+            found, expected = jax.block_until_ready(decode(jnp.int32(offset)))
+        np.testing.assert_allclose(found, expected, **CLOSE)
+    assert decode._cache_size() == 1
+
+
+def steps_of(mask, key, *, h=4, gradient=False):
+    """How many grid steps the simulator takes."""
+    taken = []
+
+    def record(token, point, core):
+        taken.append(tuple(map(int, point)))
+        return token
+
+    t, s = mask.q_len, mask.kv_len
+    q, k, v = arrays(key, t=t, s=s, h=h)
+
+    def loss(q, k, v):
+        values = block_sparse_attention(q, k, v, mask, implementation="mosaic_tpu")
+        return values.sum()
+
+    with interpreted(grid_point_recorder=record):
+        run = jax.grad(loss, (0, 1, 2)) if gradient else loss
+        jax.block_until_ready(jax.jit(run)(q, k, v))
+    return len(taken)
+
+
+def test_steps_are_the_live_blocks_and_one_for_each_empty_row(key):
+    live = np.zeros((8, 8), bool)
+    live[0] = True  # one dense row, and one dense column
+    live[:6, 2] = True
+    mask = BlockMask.from_dense(live.repeat(8, 0).repeat(8, 1), block_q=8, block_kv=8)
+    mask = mask.replace(elements=None)
+    lists = 2 * 2  # batch elements and key heads share the list in turn
+    assert steps_of(mask, key) == lists * (13 + 2)
+    # Forward and dQ by query blocks, dK and dV by key blocks, none of which is empty.
+    assert steps_of(mask, key, gradient=True) == lists * (2 * (13 + 2) + 13)
+
+
+def test_the_kernels_have_no_races(key):
+    q, k, v = arrays(key, b=1, h=2, g=1)
+    mask = MASKS["causal"]()
+    expected = both(q, k, v, mask, implementation="reference")
+    with interpreted(detect_races=True):
+        found = jax.block_until_ready(both(q, k, v, mask, implementation="mosaic_tpu"))
+    assert_equal_trees(found, expected)
+
+
+def test_mapping_over_examples_equals_a_batch(key):
+    q, k, v = arrays(key)
+    mask = MASKS["heads"]()
+
+    def one(q, k, v):
+        inputs = q[None], k[None], v[None], mask
+        return block_sparse_attention(*inputs, implementation="mosaic_tpu")[0]
+
+    with interpreted():
+        found = jax.block_until_ready(jax.jit(jax.vmap(one))(q, k, v))
+    expected = block_sparse_attention(q, k, v, mask, implementation="reference")
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+def test_a_mesh_gives_the_gradients_of_one_device(key):
+    q, k, v = arrays(key)
+    mask = MASKS["causal"]()
+    expected = both(q, k, v, mask, implementation="reference")[1][:3]
+    mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
+    cut = PartitionSpec("b", None, "h")
+
+    def local(q, k, v):
+        attended = block_sparse_attention_and_lse(
+            q, k, v, mask, implementation="mosaic_tpu"
+        )
+        return attended.values, attended.lse
+
+    # The cosine of ``weigh`` depends on the place in the whole array.
+    wave = jnp.cos(jnp.arange(q.size, dtype="float32")).reshape(q.shape)
+
+    def loss(q, k, v):
+        out = cut, PartitionSpec("b", "h")
+        attend = jax.shard_map(
+            local, mesh=mesh, in_specs=cut, out_specs=out, check_vma=True
+        )
+        values, lse = attend(q, k, v)
+        return (values * wave).sum() + jnp.sin(lse).sum()
+
+    with interpreted():
+        found = jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v))
+    assert_equal_trees(found, expected)
+
+
+Q, K = jnp.zeros((2, 22, 4, 8)), jnp.zeros((2, 29, 2, 8))
+
+
+@pytest.mark.parametrize(
+    ("mask", "dtype", "words"),
+    [
+        (MASKS["causal"], "float16", "float16: TPU kernels .* cast"),
+        (
+            lambda: BlockMask.from_pattern((causal(),) * 4, **SIZES | {"block_q": 4}),
+            "float32",
+            "block_q=4 with 1 heads .* coarsen",
+        ),
+        (MASKS["causal"], "float32", "needs a TPU, and this is for cpu; .* 'xla'"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(mask, dtype, words):
+    q, k = Q.astype(dtype), K.astype(dtype)
+    with pytest.raises(ValueError, match=words):
+        block_sparse_attention(q, k, k, mask(), implementation="mosaic_tpu")
+
+
+def test_a_key_block_that_all_queries_read_may_be_too_much(monkeypatch):
+    monkeypatch.setattr(mosaic_tpu, "PAIRS", 2)
+    with pytest.raises(ValueError, match=r"a query block has up to 4 .* larger blocks"):
+        block_sparse_attention(Q, K, K, MASKS["causal"](), implementation="mosaic_tpu")
