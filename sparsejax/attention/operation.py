@@ -7,6 +7,7 @@ gives 0 and a log-denominator of -inf, and receives gradient 0.
 
 from sparsejax.attention.attended import Attended, Segments, join_sinks
 from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.mosaic_gpu import mosaic_gpu
 from sparsejax.attention.mosaic_tpu import mosaic_tpu
 from sparsejax.attention.reference import reference
 from sparsejax.attention.target import platform
@@ -20,7 +21,13 @@ __all__ = [
     "block_sparse_attention_and_lse",
 ]
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla, "mosaic_tpu": mosaic_tpu}
+IMPLEMENTATIONS = {
+    "reference": reference,
+    "xla": xla,
+    "mosaic_tpu": mosaic_tpu,
+    "mosaic_gpu": mosaic_gpu,
+}
+LISTS = frozenset({"reference", "xla"})  # take blocks of any size, a query each even
 BY_PLATFORM = {"tpu": "mosaic_tpu"}  # "xla" elsewhere
 
 
@@ -82,7 +89,9 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     _check(q, k, v, mask)
     _check_extras(q, k, softcap, sinks, segments)
     _check_bias(k, bias)
-    name = implementation or BY_PLATFORM.get(platform(), "xla")
+    name = implementation
+    if name is None:
+        name = BY_PLATFORM.get(platform(), "xla")
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r}: no such name{near(name, IMPLEMENTATIONS)}"

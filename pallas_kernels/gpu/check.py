@@ -1,0 +1,150 @@
+"""Are the kernels right and fast? ``python -m pallas_kernels.gpu.check``, on a Hopper.
+
+First every case, shortened, against dense float32 attention with JAX's own gradient;
+then times, as a share of the rate of a dense matrix product. ``--tiny`` runs one small
+case in the interpreter, anywhere, and times nothing.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.gpu.cases import CASES, Case, arrays, kernels, lists, pattern
+from pallas_kernels.gpu.interpreter import interpreted
+from pallas_kernels.gpu.rule import LOG2E
+
+__all__ = ["errors", "main"]
+
+# Root mean square errors as parts of the result's own size.
+BOUNDS = {"bfloat16": 8e-3, "float16": 1e-3}
+# Products of length c for each visible pair, and for each multiply and add.
+PRODUCTS = {"forward": 2, "query_gradient": 3, "key_gradients": 4}
+
+
+def dense(case: Case, x: dict[str, jax.Array], names: tuple[str, ...]) -> Callable:
+    """Attention by definition, as a function of the arrays ``names``."""
+    i = jnp.arange(case.length)[:, None]
+    j = i.T
+    visible = pattern(case)(i, j)[None, None]
+    if case.extras:
+        other = ((i - j) % 3 == 0)[None, None]
+        visible = jnp.where((x["choice"] == 0)[None, :, None, None], visible, other)
+        listed = pattern(case)(i | (case.block_q - 1), j & -case.block_kv)
+        grants = jnp.repeat(x["grants"].mT, case.block_kv, axis=3)
+        same = x["q_segments"][:, None, :, None] == x["kv_segments"][:, None, None]
+        visible = visible & listed & (x["elements"] != 0) & (grants != 0) & same
+
+    def attend(*given: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = {n: a.astype("float32") for n, a in x.items()}
+        y |= dict(zip(names, given, strict=True))
+        group = case.heads // case.key_heads
+        k, v = (jnp.repeat(y[name], group, axis=2) for name in ("k", "v"))
+        s = jnp.einsum("bthc,bshc->bhts", y["q"], k) * case.width**-0.5
+        if case.softcap is not None:
+            s = case.softcap * jnp.tanh(s / case.softcap)
+        if case.extras:
+            s = s + jnp.repeat(y["bias"] / LOG2E, group, axis=1)[:, :, None]
+        s = jnp.where(visible, s, -jnp.inf)
+        top = jnp.maximum(s.max(-1, keepdims=True), -1e30)
+        p = jnp.exp(s - top)
+        total = p.sum(-1, keepdims=True)
+        lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)[..., 0] * LOG2E
+        p = p / jnp.where(total > 0, total, 1)
+        return jnp.einsum("bhts,bshc->bthc", p, v), lse
+
+    return attend
+
+
+def ready(case: Case) -> tuple[dict, dict[str, Callable[[], dict]]]:
+    """The operands of a case, and its kernels bound to them and compiled."""
+    x, run = arrays(case, jax.random.key(0)), kernels(case)
+    of_queries, of_keys = lists(case), lists(case, by_keys=True)
+    found = jax.jit(run["forward"])(x, of_queries)
+    out, lse = found["out"].astype("float32"), found["lse"]
+    x["delta"] = jnp.einsum("bthc,bthc->bht", out, x["do"].astype("float32"))
+    x["lse"] = jnp.where(jnp.isinf(lse), jnp.inf, lse)
+    by_keys = dict(x)
+    if case.extras:
+        by_keys["elements"] = x["elements"].mT
+    operands = dict.fromkeys(run, (x, of_queries))
+    operands["key_gradients"] = by_keys, of_keys
+    return x, {
+        name: functools.partial(jax.jit(f), *operands[name]) for name, f in run.items()
+    }
+
+
+@jax.default_matmul_precision("highest")
+def errors(case: Case) -> dict[str, float]:
+    """Relative errors of every result of every kernel."""
+    x, run = ready(case)
+    found = {name: a for kernel in run.values() for name, a in kernel().items()}
+    names = ("q", "k", "v", "bias") if case.extras else ("q", "k", "v")
+    given = [x[n].astype("float32") for n in names]
+    (out, lse), back = jax.vjp(jax.jit(dense(case, x, names)), *given)
+    slopes = back((x["do"].astype("float32"), jnp.zeros_like(lse)))
+    expected = {"out": out, "lse": lse}
+    expected |= {f"d{n}": a for n, a in zip(names, slopes, strict=True)}
+    if case.extras:
+        expected["dbias"] = expected["dbias"] * LOG2E  # found is by natural logits
+
+    def error(a: jax.Array, b: jax.Array) -> float:
+        seen = ~jnp.isinf(b)
+        miss = jnp.where(seen, a.astype("float32") - b, jnp.where(a == b, 0, jnp.inf))
+        size = jnp.square(jnp.where(seen, b, 0)).mean()
+        return float(jnp.sqrt(jnp.square(miss).mean() / size))
+
+    return {name: error(found[name], b) for name, b in expected.items()}
+
+
+def seconds(f: Callable[[], Any], *, calls: int = 20) -> float:
+    """Median time of a call, from batches of calls."""
+    jax.block_until_ready(f())
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        found = [f() for _ in range(calls)]
+        jax.block_until_ready(found[-1])
+        times.append((time.perf_counter() - start) / calls)
+    return statistics.median(times)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Print a line for every case, errors first, and raise if one is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tiny", action="store_true")
+    tiny = parser.parse_args(args).tiny
+    small = {"length": 128, "heads": 2, "key_heads": 1, "width": 32, "block_q": 64}
+    cases = {"tiny": Case(**small, block_kv=64)} if tiny else CASES
+    wrong = []
+    for name, case in cases.items():
+        short = dataclasses.replace(case, length=min(case.length, 2048))
+        with interpreted() if tiny else contextlib.nullcontext():
+            found = errors(short)
+        wrong += [name] * (not max(found.values()) < BOUNDS[case.dtype])
+        print(name, {k: f"{e:.1e}" for k, e in found.items()}, flush=True)  # noqa: T201
+    if wrong:
+        raise SystemExit(f"too far from dense float32 attention: {wrong}")
+    if tiny:
+        return
+    a = jnp.ones((8192, 8192), "bfloat16")
+    rate = 2 * 8192**3 / seconds(functools.partial(jax.jit(jnp.matmul), a, a))
+    print(f"dense product {rate / 1e12:.0f} TFLOP/s")  # noqa: T201
+    for name, case in cases.items():
+        blocks = int(lists(case).count.sum()) * case.batch * case.heads
+        pairs = blocks * case.block_q * case.block_kv
+        for kernel, f in ready(case)[1].items():
+            speed = 2 * PRODUCTS[kernel] * pairs * case.width / seconds(f)
+            share = f"{speed / 1e12:.0f} TFLOP/s, {speed / rate:.0%}"
+            print(f"{name} {kernel} {share} of it, in live blocks")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The switch that runs GPU kernels on machines without a GPU."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+__all__ = ["interpreted", "is_interpreted"]
+
+_ON: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+
+@contextmanager
+def interpreted(**options: Any) -> Iterator[None]:
+    """Run kernels traced in here on the CPU, slowly, and watch their memory traffic.
+
+    Args:
+        options: of ``plgpu.InterpretGPUParams``; races are detected by default.
+
+    Raises:
+        ValueError: if this JAX has no such interpreter.
+    """
+    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+        raise ValueError(
+            f"JAX {jax.__version__} cannot interpret GPU kernels: use 0.12"
+        )
+    params = plgpu.InterpretGPUParams(**{"detect_races": True} | options)
+    token = _ON.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(params):
+            yield
+    finally:
+        _ON.reset(token)
+
+
+def is_interpreted() -> bool:
+    """Whether ``interpreted`` is in force."""
+    return _ON.get()

@@ -1,0 +1,113 @@
+"""Tiles: what a warpgroup does with matrices in shared memory and registers.
+
+Only what JAX's interpreter of Mosaic GPU runs as well: both operands of a product lie
+in shared memory, and a sum that must be rescaled is a value, not an accumulator.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu.interpreter import is_interpreted
+
+__all__ = [
+    "MATRIX",
+    "PER_ROW",
+    "ROWS",
+    "accumulate",
+    "constant",
+    "fence",
+    "finish",
+    "laid",
+    "product",
+    "put",
+    "spread",
+    "tile",
+    "transposed",
+]
+
+ROWS = 64  # of one warpgroup in a wgmma
+MATRIX = plgpu.Layout.WGMMA
+PER_ROW = MATRIX.reduce(1)
+
+
+def _audit(*operands: Any) -> None:
+    """Let the race detector see what a wgmma reads: without this, it sees nothing."""
+    if is_interpreted():
+        for ref in operands:
+            ref[...]
+        fence()  # a plain read counts as finished only behind one
+
+
+def product(a: Any, b: Any) -> jax.Array:
+    """``a @ b`` of two tiles, in registers."""
+
+    def run(acc: Any) -> jax.Array:
+        plgpu.wgmma(acc, a, b)
+        _audit(a, b)
+        return acc[...]  # waits
+
+    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+
+
+def accumulate(acc: Any, a: Any, b: Any) -> None:
+    """``acc += a @ b``; finished after ``finish`` or the next ``product``."""
+    plgpu.wgmma(acc, a, b)
+    _audit(a, b)
+
+
+def finish() -> None:
+    """Wait for all products: only then may their operands be overwritten."""
+    plgpu.wgmma_wait(0)
+
+
+def fence() -> None:
+    """Order plain accesses to shared memory before those of wgmma and of copies."""
+    plgpu.commit_smem()
+
+
+def put(tile: Any, value: jax.Array) -> None:
+    """Write a tile that a wgmma or a copy reads next: they see it after the fence."""
+    tile[...] = value.astype(tile.dtype)
+    fence()
+
+
+def transposed(tile: Any) -> Any:
+    """View a tile with its axes exchanged."""
+    return tile.transpose((1, 0))
+
+
+def constant(value: float, shape: tuple[int, ...], layout: Any = MATRIX) -> jax.Array:
+    """Start a loop's carry: its layout must be given."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Repeat a vector that lies along ``axis``."""
+    return lax.broadcast_in_dim(x, shape, [axis])
+
+
+def laid(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Load a vector that lies along ``axis`` of a tile, and repeat it."""
+    return spread(plgpu.load(ref, layout=MATRIX.reduce(1 - axis)), shape, axis)
+
+
+def swizzle(columns: int, dtype: Any) -> int | None:
+    """Bytes of the widest swizzle whose tiles cut ``columns`` evenly."""
+    width = columns * jnp.dtype(dtype).itemsize
+    return next((b for b in (128, 64, 32) if width % b == 0), None)
+
+
+def tile(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory: matrices swizzled for wgmma, vectors plain."""
+    if len(shape) == 2:
+        return plgpu.SMEM(shape, dtype)
+    width = swizzle(shape[-1], dtype)
+    if width is None:
+        raise ValueError(f"tile {shape}: pad the last axis to a multiple of 16")
+    tiling = plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))
