@@ -3,7 +3,7 @@
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.block_patterns import bigbird, in_blocks, power_attention
 from sparsejax.attention.config import PATTERNS, AttentionConfig
-from sparsejax.attention.layer import Attention, Cache
+from sparsejax.attention.layer import Attention, Cache, empty_cache
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.operation import (
     IMPLEMENTATIONS,
@@ -24,6 +24,7 @@ from sparsejax.attention.patterns import (
     strided,
 )
 from sparsejax.attention.rope import rope
+from sparsejax.attention.selectors import METHODS, SELECTORS, Sizes
 from sparsejax.attention.video_patterns import (
     diagonal,
     multi_diagonal,
@@ -32,7 +33,9 @@ from sparsejax.attention.video_patterns import (
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "METHODS",
     "PATTERNS",
+    "SELECTORS",
     "Attended",
     "Attention",
     "AttentionConfig",
@@ -40,6 +43,7 @@ __all__ = [
     "Cache",
     "Pattern",
     "Segments",
+    "Sizes",
     "bigbird",
     "block_diagonal",
     "block_sparse_attention",
@@ -47,6 +51,7 @@ __all__ = [
     "causal",
     "diagonal",
     "dilated",
+    "empty_cache",
     "first",
     "fixed",
     "full",

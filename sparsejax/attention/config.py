@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sparsejax.attention.block_patterns import bigbird, power_attention
 from sparsejax.attention.operation import IMPLEMENTATIONS
@@ -18,12 +19,13 @@ from sparsejax.attention.patterns import (
     streaming_llm,
     strided,
 )
+from sparsejax.attention.selectors import METHODS
 from sparsejax.attention.video_patterns import (
     diagonal,
     multi_diagonal,
     vertical_stripe,
 )
-from sparsejax.config import choose, near, require
+from sparsejax.config import ConfigError, FieldError, choose, convert, near, require
 
 __all__ = ["PATTERNS", "AttentionConfig"]
 
@@ -45,17 +47,24 @@ PATTERNS: dict[str, Callable[..., Pattern]] = {
 }
 
 
+Argument = bool | int | float | str | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """How a layer attends.
 
-    ``arguments`` are the keywords of the pattern, ``window`` and ``sinks`` say. Blocks
+    ``arguments`` are the keywords of the pattern, ``window`` and ``sinks`` say. A
+    ``selector`` lets the data decide what is read of that, and ``selection`` has its
+    arguments where they differ from the defaults of its options. Blocks
     are in tokens. ``dense_every`` makes every n-th layer of a model plainly causal; 0
     for none. ``head_width`` is the model's width over its heads by default.
     """
 
     pattern: str = "causal"
     arguments: dict[str, int] = field(default_factory=dict, hash=False)
+    selector: str | None = None
+    selection: dict[str, Argument] = field(default_factory=dict, hash=False)
     block_q: int = 128
     block_kv: int = 128
     head_width: int | None = None
@@ -81,6 +90,7 @@ class AttentionConfig:
         require(self.dense_every >= 0, "dense_every", self.dense_every, "must be >= 0")
         if self.implementation is not None:
             choose("implementation", self.implementation, IMPLEMENTATIONS)
+        self._check_selector()
         require(
             self.build().is_causal or not self.causal,
             "pattern",
@@ -93,6 +103,42 @@ class AttentionConfig:
     def build(self) -> Pattern:
         """Give the pattern itself."""
         return PATTERNS[self.pattern](**self.arguments)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query reads its future."""
+        if self.selector is None:
+            return self.build().is_causal
+        return METHODS[self.selector].causal
+
+    @property
+    def options(self) -> Any:
+        """The selector's arguments, those not given at their defaults; None without."""
+        if self.selector is None:
+            return None
+        return convert(METHODS[self.selector].options, self.selection, "selection")
+
+    def _check_selector(self) -> None:
+        if self.selector is None:
+            rule = "arguments of no selector; set selector"
+            require(not self.selection, "selection", self.selection, rule)
+            return
+        choose("selector", self.selector, METHODS)
+        require(
+            not self.causal or METHODS[self.selector].causal,
+            "selector",
+            self.selector,
+            "reads the future; set causal=false if the model may",
+        )
+        rule = (
+            "a selector chooses among all keys; set pattern=causal, without arguments"
+        )
+        plain = self.pattern == "causal" and not self.arguments
+        require(plain, "pattern", self.pattern, rule)
+        try:
+            _ = self.options
+        except ConfigError as error:
+            raise FieldError(str(error)) from None
 
 
 def _check_arguments(pattern: str, arguments: Mapping[str, int]) -> None:

@@ -1,9 +1,10 @@
-"""The attention layer: projections, rotation, and a block-sparse softmax between them.
+"""The attention layer: projections, rotation, and a mixer between them.
 
 ``Attention(config, width, heads, kv_heads, *, init_scale, rngs)``; ``init_scale``
 multiplies the output projection, because the layer adds to a residual stream. With a
 ``Cache`` the layer reads the keys of earlier calls and returns the cache with its own
-added; without one it sees only the tokens it is given.
+added; without one it sees only the tokens it is given. The mixer is the config's: a
+pattern's, or that of a method in ``selectors``.
 """
 
 from typing import Any, NamedTuple
@@ -15,13 +16,12 @@ from jax.core import Tracer
 
 from sparsejax.attention.attended import Segments
 from sparsejax.attention.config import AttentionConfig
-from sparsejax.attention.mask import BlockMask
-from sparsejax.attention.operation import block_sparse_attention
+from sparsejax.attention.context import Context
 from sparsejax.attention.rope import rope
-from sparsejax.partition import axis, per_shard
+from sparsejax.attention.selectors import METHODS, Patterned, Sizes
 from sparsejax.typing import Array, Float, Int, Output
 
-__all__ = ["Attention", "Cache"]
+__all__ = ["Attention", "Cache", "empty_cache"]
 
 
 class Cache(NamedTuple):
@@ -30,6 +30,7 @@ class Cache(NamedTuple):
     keys: Float[Array, "b s g c"]
     values: Float[Array, "b s g c"]
     length: Int[Array, ""]  # how many are filled
+    features: dict[str, Array] = {}  # noqa: RUF012  what the mixer keeps, "b s …"
 
     @classmethod
     def empty(
@@ -42,14 +43,19 @@ class Cache(NamedTuple):
         zeros = jnp.zeros((batch, capacity, kv_heads, head_width), dtype)
         return cls(zeros, zeros, jnp.zeros((), "int32"))
 
-    def extended(self, keys: Array, values: Array) -> "Cache":
+    def extended(
+        self, keys: Array, values: Array, features: dict[str, Array]
+    ) -> "Cache":
         """Add tokens; the caller sees to it that they fit."""
-        put = jax.lax.dynamic_update_slice_in_dim
-        return Cache(
-            put(self.keys, keys.astype(self.keys.dtype), self.length, axis=1),
-            put(self.values, values.astype(self.values.dtype), self.length, axis=1),
-            self.length + keys.shape[1],
-        )
+
+        def put(old: Array, fresh: Array) -> Array:
+            fresh = fresh.astype(old.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(old, fresh, self.length, axis=1)
+
+        tokens = keys.shape[1]
+        old = self.keys, self.values, self.features
+        keys, values, features = jax.tree.map(put, old, (keys, values, features))
+        return Cache(keys, values, self.length + tokens, features)
 
 
 class Attention(nnx.Module):
@@ -89,6 +95,7 @@ class Attention(nnx.Module):
         self.sinks = (
             nnx.Param(jnp.zeros(heads), axes="h") if config.learned_sinks else None
         )
+        self.mixer = _mixer(config, Sizes(width, heads, kv_heads, c), rngs=rngs)
 
     def __call__(
         self,
@@ -110,19 +117,27 @@ class Attention(nnx.Module):
                 the future, and for a cache that is known to overflow.
         """
         q, k, v = self._project(x, positions)
-        sinks = None if self.sinks is None else self.sinks[...]
-        if cache is None:
-            pair = None if segments is None else Segments(segments, segments)
-            mixed = attend(q, k, v, self.config, segments=pair, sinks=sinks)
-        else:
+        features = self.mixer.features(x, positions)
+        context = Context(
+            config=self.config,
+            positions=positions,
+            sinks=None if self.sinks is None else self.sinks[...],
+            segments=None if segments is None else Segments(segments, segments),
+            features=features,
+        )
+        if cache is not None:
             _check_cache(cache, x.shape[1], segments, self.config)
-            offset, capacity = cache.length, cache.keys.shape[1]
-            cache = cache.extended(k, v)
+            offset, cache = cache.length, cache.extended(k, v, features)
             k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
-            mixed = attend(q, k, v, self.config, q_offset=offset, sinks=sinks)
-            mixed = jnp.where(cache.length <= capacity, mixed, jnp.nan)
-        out = jnp.einsum("bthc,hcd->btd", mixed, self.out[...].astype(x.dtype))
-        return Output(out, {}, {}), cache
+            context = context._replace(
+                q_offset=offset, features=cache.features, cached=True
+            )
+        mixed = self.mixer(q, k, v, x, context)
+        values = mixed.values
+        if cache is not None:
+            values = jnp.where(cache.length <= k.shape[1], values, jnp.nan)
+        out = jnp.einsum("bthc,hcd->btd", values, self.out[...].astype(x.dtype))
+        return Output(out, mixed.losses, mixed.metrics), cache
 
     def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries and keys, normed and rotated, and values."""
@@ -136,76 +151,26 @@ class Attention(nnx.Module):
         return rope(q, positions, theta=theta), rope(k, positions, theta=theta), v
 
 
-def attend(
-    q: Float[Array, "b t h c"],
-    k: Float[Array, "b s g c"],
-    v: Float[Array, "b s g c"],
-    config: AttentionConfig,
-    *,
-    q_offset: int | Int[Array, ""] = 0,
-    segments: Segments | None = None,
-    sinks: Float[Array, " h"] | None = None,
-) -> Float[Array, "b t h c"]:
-    """Attend as the config says, on any mesh.
+def empty_cache(
+    config: AttentionConfig, sizes: Sizes, batch: int, capacity: int, *, dtype: Any
+) -> Cache:
+    """Give a cache with room for ``capacity`` tokens and what the mixer keeps."""
 
-    Batch and heads are cut as the mesh asks. Along the mesh axis ``context`` queries
-    stay where they are, keys and values are gathered, and each device walks the mask's
-    rows of its own queries.
+    def features() -> dict[str, Array]:
+        mixer = _mixer(config, sizes, rngs=nnx.Rngs(0))
+        x = jnp.zeros((batch, capacity, sizes.width), dtype)
+        return mixer.features(x, jnp.zeros(x.shape[:2], "int32"))
 
-    Raises:
-        ValueError: if the queries do not fall into whole blocks per context device.
-    """
-    parts = _context_parts()
-    mask = _mask(config, q.shape[1], k.shape[1], q_offset=q_offset, parts=parts)
-
-    def local(q, k, v, mask, sinks, *segments):
-        first = jax.lax.axis_index("context") * q.shape[1] if parts > 1 else 0
-        mask = mask.replace(q_len=q.shape[1], q_offset=mask.q_offset + first)
-        return block_sparse_attention(
-            q,
-            k,
-            v,
-            mask,
-            softcap=config.softcap,
-            sinks=sinks,
-            segments=Segments(*segments) if segments else None,
-            implementation=config.implementation,
-        )
-
-    inputs = ["b t h c", "b s g c", "b s g c", mask.axes()]
-    inputs.append(None if sinks is None else "h")
-    if segments is not None:
-        inputs += ["b t", "b s"]
-    run = per_shard(local, inputs=tuple(inputs), outputs="b t h c")
-    return run(q, k, v, mask, sinks, *(segments or ()))
+    kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(features))
+    c = sizes.head_width
+    cache = Cache.empty(batch, capacity, sizes.kv_heads, c, dtype=dtype)
+    return cache._replace(features=kept)
 
 
-def _mask(
-    config: AttentionConfig, t: int, s: int, *, q_offset: Any, parts: int
-) -> BlockMask:
-    """The config's mask, which has to fall into ``parts`` along the queries."""
-    block_q = min(config.block_q, t)
-    if t % (parts * block_q) and parts > 1:
-        raise ValueError(
-            f"{t} tokens in blocks of {block_q} do not divide over {parts} context"
-            " devices; choose block_q so that each gets whole blocks"
-        )
-    mask = BlockMask.from_pattern(
-        config.build(),
-        q_len=t,
-        kv_len=s,
-        block_q=block_q,
-        block_kv=min(config.block_kv, s),
-        q_offset=q_offset,
-    )
-    return jax.tree.map(jnp.asarray, mask)
-
-
-def _context_parts() -> int:
-    """Number of devices along the sequence."""
-    if axis("context") is None:
-        return 1
-    return jax.sharding.get_abstract_mesh().shape["context"]
+def _mixer(config: AttentionConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> Any:
+    if config.selector is None:
+        return Patterned()
+    return METHODS[config.selector].build(config.options, sizes, rngs=rngs)
 
 
 def _norm(x: Float[Array, "b t h c"], scale: Float[Array, " c"]) -> Array:
@@ -222,10 +187,9 @@ def _check_cache(
         raise ValueError(
             "cache and segments exclude each other; give each document its own cache"
         )
-    if not config.build().is_causal:
-        raise ValueError(
-            f"pattern={config.pattern!r} reads the future, which a cache does not have"
-        )
+    if not config.is_causal:
+        what = config.selector or config.pattern
+        raise ValueError(f"{what!r} reads the future, which a cache does not have")
     capacity = cache.keys.shape[1]
     known = 0 if isinstance(cache.length, Tracer) else int(cache.length)
     if known + tokens > capacity:

@@ -19,6 +19,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "block_sparse_attention",
     "block_sparse_attention_and_lse",
+    "takes_lists",
 ]
 
 IMPLEMENTATIONS = {
@@ -29,6 +30,11 @@ IMPLEMENTATIONS = {
 }
 LISTS = frozenset({"reference", "xla"})  # take blocks of any size, a query each even
 BY_PLATFORM = {"tpu": "mosaic_tpu"}  # "xla" elsewhere
+
+
+def takes_lists(implementation: str | None) -> bool:
+    """Whether an implementation takes blocks of single queries and keys."""
+    return (implementation or BY_PLATFORM.get(platform(), "xla")) in LISTS
 
 
 def block_sparse_attention(  # noqa: PLR0913  the signature of the design

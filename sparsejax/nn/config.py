@@ -92,7 +92,8 @@ class ModelConfig:
         """Say what stands in layer ``index``."""
         attention = self.attention
         if attention.dense_every and (index + 1) % attention.dense_every == 0:
-            attention = replace(attention, pattern="causal", arguments={})
+            plain = {"pattern": "causal", "selector": None}
+            attention = replace(attention, **plain, arguments={}, selection={})
         if self.memory is not None and index in self.memory_layers:
             return LayerSpec(attention, self.memory)
         return LayerSpec(attention, self.ffn)

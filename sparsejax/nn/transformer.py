@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.attention import Cache
+from sparsejax.attention import Sizes, empty_cache
 from sparsejax.moe import MoEConfig, updated_bias
 from sparsejax.nn.blocks import RMSNorm
-from sparsejax.nn.config import ModelConfig, runs
+from sparsejax.nn.config import LayerSpec, ModelConfig, runs
 from sparsejax.nn.stack import Stack
 from sparsejax.partition import constrain
 from sparsejax.tree import map_with_path
@@ -94,14 +94,14 @@ class Transformer(nnx.Module):
         """Give caches for ``capacity`` tokens, for every layer."""
         config = self.config
         width = config.attention.head_width or config.width // config.heads
-        one = Cache.empty(
-            batch, capacity, config.kv_heads, width, dtype=jnp.dtype(config.dtype)
-        )
+        sizes = Sizes(config.width, config.heads, config.kv_heads, width)
+        dtype = jnp.dtype(config.dtype)
 
-        def stacked(repeats: int) -> Any:
+        def stacked(spec: LayerSpec, repeats: int) -> Any:
+            one = empty_cache(spec.attention, sizes, batch, capacity, dtype=dtype)
             return jax.tree.map(lambda x: jnp.stack([x] * repeats), one)
 
-        return [[stacked(run.repeats) for _ in run.period] for run in runs(config)]
+        return [[stacked(x, run.repeats) for x in run.period] for run in runs(config)]
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         table = constrain(self.embedding[...], "v d")

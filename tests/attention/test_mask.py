@@ -219,7 +219,7 @@ def test_a_coarse_row_has_a_full_block_where_all_its_queries_have():
 
 def test_coarsening_names_what_does_not_fit():
     mask = lists(0, block_kv=6)
-    with pytest.raises(ValueError, match="blocks of 4 x 8 are not .* 1 x 6"):
+    with pytest.raises(ValueError, match=r"blocks of 4 x 8 are not .* 1 x 6"):
         mask.coarsened(4, block_kv=8)
     with pytest.raises(ValueError, match="capacity=1: a row reads"):
         mask.coarsened(4, capacity=1)

@@ -1,5 +1,7 @@
 """Block-sparse attention: the fast path equals the definition, gradients included."""
 
+import importlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +17,15 @@ from sparsejax.attention import (
     causal,
     fixed,
     full,
+    gathered,
+    key_major,
     sliding_window,
     strided,
 )
 from sparsejax.attention.patterns import Cover, Span
+
+# The package's attribute of that name is the function.
+xla = importlib.import_module("sparsejax.attention.xla")
 
 SIZES = {"q_len": 22, "kv_len": 29, "block_q": 4, "block_kv": 8}
 # Softmax of 29 float32 logits and its gradients: sums of some hundred rounded products.
@@ -143,8 +150,22 @@ SEGMENTS = Segments(
 )
 
 
+PATHS = {
+    "rows": (xla._forward, xla._backward),
+    "key_major": (key_major.forward, key_major.backward),
+    "gathered": (gathered.forward, gathered.backward),
+}
+
+
+@pytest.fixture(params=sorted(PATHS))
+def path(request, monkeypatch):
+    """Take one path for every mask, whatever suits it best."""
+    monkeypatch.setattr(xla, "path", lambda _: PATHS[request.param])
+    return request.param
+
+
 @pytest.mark.parametrize("name", sorted(MASKS))
-def test_xla_equals_the_reference(name, key):
+def test_xla_equals_the_reference(name, path, key):
     q, k, v = arrays(key)
     fast = both(q, k, v, MASKS[name](), implementation="xla")
     assert_equal_trees(fast, both(q, k, v, MASKS[name](), implementation="reference"))
@@ -153,7 +174,7 @@ def test_xla_equals_the_reference(name, key):
 @pytest.mark.parametrize(
     "name", ["causal", "heads", "dense_batch", "coarse", "lists", "tokens"]
 )
-def test_xla_equals_the_reference_with_all_extras(name, key):
+def test_xla_equals_the_reference_with_all_extras(name, path, key):
     q, k, v = arrays(key)
     extras = {"scale": 0.7, "softcap": 2.0, "segments": SEGMENTS}
     extras["sinks"] = jnp.linspace(-1, 1, 4)
@@ -165,7 +186,7 @@ def test_xla_equals_the_reference_with_all_extras(name, key):
 
 @pytest.mark.parametrize(("h", "g"), [(4, 1), (6, 3)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_grouped_heads_read_their_own_keys(h, g, shared, key):
+def test_grouped_heads_read_their_own_keys(h, g, shared, path, key):
     q, k, v = arrays(key, h=h, g=g)
     mask = BlockMask.from_pattern(causal() if shared else (causal(),) * h, **SIZES)
     fast = both(q, k, v, mask, implementation="xla")
@@ -219,7 +240,7 @@ def test_rows_that_see_nothing_give_zero_and_receive_no_gradient(implementation,
     assert (attended.values[:, dead] == 0).all()
     assert (attended.lse[:, :, dead] == -np.inf).all()
     assert (gradients[0][:, dead] == 0).all()
-    assert all(jnp.isfinite(g).all() for g in gradients)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
 def test_a_row_that_sees_only_its_sink_gives_zero(key):
@@ -228,10 +249,10 @@ def test_a_row_that_sees_only_its_sink_gives_zero(key):
     attended, gradients = both(q, k, v, mask, sinks=sinks, implementation="xla")
     assert (attended.values[:, 9] == 0).all()
     np.testing.assert_allclose(attended.lse[0, :, 9], sinks)
-    assert all(jnp.isfinite(g).all() for g in gradients)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
-def test_dead_blocks_are_never_read(key):
+def test_dead_blocks_are_never_read(path, key):
     q, k, v = arrays(key)
     mask = MASKS["dense"]()
     poison = jnp.zeros((1, 29, 1, 1)).at[:, 16:24].set(jnp.nan)
@@ -241,7 +262,7 @@ def test_dead_blocks_are_never_read(key):
     )
 
 
-def test_ids_past_the_count_are_never_read(key):
+def test_ids_past_the_count_are_never_read(path, key):
     q, k, v = arrays(key)
     mask = MASKS["dense_heads"]()
     past = np.arange(mask.ids.shape[-1]) >= mask.count[..., None]
@@ -317,7 +338,8 @@ def test_bfloat16_errs_little_more_than_dense_attention_in_bfloat16(name, key):
     assert fast.values.dtype == "bfloat16"
     bound = 2 * error(rough.values, truth.values)
     assert error(fast.values, truth.values) <= bound
-    for found, dense, expected in zip(fast_slopes, rough_slopes, slopes, strict=True):
+    trees = (jax.tree.leaves(x) for x in (fast_slopes, rough_slopes, slopes))
+    for found, dense, expected in zip(*trees, strict=True):
         assert found.dtype == "bfloat16"
         assert error(found, expected) <= 3 * error(dense, expected)
 
@@ -345,6 +367,22 @@ def _sizes(jaxpr):
             found = getattr(inner, "jaxpr", inner)
             if hasattr(found, "eqns"):
                 yield from _sizes(found)
+
+
+@pytest.mark.parametrize(
+    ("block_q", "block_kv", "q_len", "expected"),
+    [
+        (128, 128, 512, "rows"),
+        (1, 128, 1, "rows"),
+        (1, 128, 512, "key_major"),
+        (1, 1, 512, "gathered"),
+        (1, 1, 1, "gathered"),
+    ],
+)
+def test_the_blocks_of_a_mask_decide_the_path(block_q, block_kv, q_len, expected):
+    blocks = {"block_q": block_q, "block_kv": block_kv}
+    mask = BlockMask.from_pattern(full(), q_len=q_len, kv_len=512, **blocks)
+    assert xla.path(mask) == PATHS[expected]
 
 
 def test_mapping_over_examples_equals_a_batch(key):

@@ -1,0 +1,27 @@
+"""Selectors: which keys a query reads, decided by the data.
+
+A selector is a pure function ``(q, k, *, place, block_kv, …) -> BlockMask`` of queries
+"b t h c" and keys "b s g c": it scores, and ends in the best allowed blocks. It reads
+no key after a query's own, whether the keys are those of a sequence or of a partly
+filled cache: ``place.q_offset`` is the first query's position, and what lies past the
+last is not there. A method with parameters, losses, biases or branches is a mixer
+besides (``context.py`` has the contract); methods that are nothing but a selector share
+``Selecting``. A member is a file with both, and a row in each table below.
+"""
+
+import functools
+from collections.abc import Callable
+
+from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.selectors.moba import MoBAOptions, moba
+from sparsejax.attention.selectors.plain import Method, Patterned, Selecting, Sizes
+
+__all__ = ["METHODS", "SELECTORS", "Method", "Patterned", "Sizes"]
+
+SELECTORS: dict[str, Callable[..., BlockMask]] = {
+    "moba": moba,
+}
+
+METHODS: dict[str, Method] = {
+    "moba": Method(MoBAOptions, functools.partial(Selecting, moba)),
+}

@@ -1,0 +1,124 @@
+"""The two mixers that most methods need: a fixed pattern, and a pure selector."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sparsejax.attention.context import Context, Mixed, Place, parts_of_context
+from sparsejax.attention.mask import BlockMask
+from sparsejax.typing import Array, Float, Int
+
+__all__ = ["Method", "Patterned", "Selecting", "Sizes"]
+
+
+class Sizes(NamedTuple):
+    """What a mixer's parameters are sized by."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+
+
+class Method(NamedTuple):
+    """A selector as configs know it."""
+
+    options: type  # frozen dataclass of its arguments, with their defaults and checks
+    build: Callable[..., Any]  # (options, sizes, *, rngs) -> mixer
+    causal: bool = True  # False if queries read their future
+
+
+class Patterned(nnx.Module):
+    """The mixer of a fixed pattern."""
+
+    def features(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
+    ) -> dict[str, Array]:
+        """Keep nothing besides keys and values."""
+        del x, positions
+        return {}
+
+    def __call__(
+        self,
+        q: Float[Array, "b t h c"],
+        k: Float[Array, "b s g c"],
+        v: Float[Array, "b s g c"],
+        x: Float[Array, "b t d"],
+        context: Context,
+    ) -> Mixed:
+        """Attend as the config's pattern says."""
+        del x
+        mask = pattern_mask(context, q.shape[1], k.shape[1])
+
+        def local(q: Array, k: Array, mask: BlockMask, *, place: Place) -> BlockMask:
+            del k
+            return mask.replace(q_len=q.shape[1], q_offset=place.q_offset)
+
+        mixed = context.attend(q, k, v, local, mask, axes=(mask.axes(),))
+        return mixed._replace(metrics={})
+
+
+class Selecting(nnx.Module):
+    """The mixer of a selector without parameters; its options are keywords."""
+
+    def __init__(
+        self,
+        select: Callable[..., BlockMask],
+        options: Any,
+        sizes: Sizes,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        del sizes, rngs
+        self.select, self.options = select, options
+
+    def features(
+        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
+    ) -> dict[str, Array]:
+        """Keep nothing besides keys and values."""
+        del x, positions
+        return {}
+
+    def __call__(
+        self,
+        q: Float[Array, "b t h c"],
+        k: Float[Array, "b s g c"],
+        v: Float[Array, "b s g c"],
+        x: Float[Array, "b t d"],
+        context: Context,
+    ) -> Mixed:
+        """Attend where the selector lets each query."""
+        del x
+        options = dataclasses.asdict(self.options)
+        block_kv = min(context.config.block_kv, k.shape[1])
+        select = functools.partial(self.select, block_kv=block_kv, **options)
+        return context.attend(q, k, v, select)
+
+
+def pattern_mask(context: Context, t: int, s: int) -> BlockMask:
+    """The config's mask, which has to fall into whole blocks for every device.
+
+    Raises:
+        ValueError: if the queries do not.
+    """
+    config, parts = context.config, parts_of_context()
+    block_q = min(config.block_q, t)
+    if t % (parts * block_q) and parts > 1:
+        raise ValueError(
+            f"{t} tokens in blocks of {block_q} do not divide over {parts} context"
+            " devices; choose block_q so that each gets whole blocks"
+        )
+    mask = BlockMask.from_pattern(
+        config.build(),
+        q_len=t,
+        kv_len=s,
+        block_q=block_q,
+        block_kv=min(config.block_kv, s),
+        q_offset=context.q_offset,
+    )
+    return jax.tree.map(jnp.asarray, mask)

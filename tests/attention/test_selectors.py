@@ -1,0 +1,340 @@
+"""Every selector keeps what dense attention promises, and reads less."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+
+from sparsejax.attention import (
+    METHODS,
+    SELECTORS,
+    Attention,
+    AttentionConfig,
+    BlockMask,
+    Segments,
+    Sizes,
+    block_sparse_attention,
+    causal,
+    empty_cache,
+    full,
+)
+from sparsejax.attention.context import Place
+from sparsejax.config import ConfigError, FieldError, convert
+
+T, WIDTH, HEADS, KV_HEADS, BLOCK = 24, 16, 4, 2, 4
+SIZES = Sizes(WIDTH, HEADS, KV_HEADS, WIDTH // HEADS)
+CLOSE = {"rtol": 2e-5, "atol": 5e-6}  # float32, sums over some hundred products
+
+# Arguments that leave something out at these sizes, and arguments that do not.
+SOME = {"moba": {"top": 3}}
+ALL = {"moba": {"top": 6}}
+CAUSAL = sorted(name for name, method in METHODS.items() if method.causal)
+
+
+def config(name, selection=None, **changes):
+    given = {"selector": name, "causal": name is None or METHODS[name].causal}
+    given["selection"] = SOME.get(name, {}) if selection is None else selection
+    return AttentionConfig(**given | {"block_q": BLOCK, "block_kv": BLOCK} | changes)
+
+
+def layer(name, selection=None, **changes):
+    cfg = config(name, selection, **changes)
+    return Attention(cfg, WIDTH, HEADS, KV_HEADS, init_scale=0.5, rngs=nnx.Rngs(0))
+
+
+def positions(b, t=T):
+    return jnp.broadcast_to(jnp.arange(t, dtype="int32")[None], (b, t))
+
+
+@nnx.jit
+def run(model, x, positions, segments=None, cache=None):
+    return model(x, positions=positions, segments=segments, cache=cache)
+
+
+def value(model, x, where=None, segments=None):
+    where = positions(*x.shape[:2]) if where is None else where
+    return run(model, x, where, segments)[0].value
+
+
+def with_weights_of(model, other):
+    """The same layer with another's parameters wherever it has them."""
+    flat = dict(nnx.to_flat_state(nnx.state(other)))
+    mine = nnx.to_flat_state(nnx.state(model))
+    nnx.update(model, nnx.from_flat_state([(p, flat.get(p, x)) for p, x in mine]))
+    return model
+
+
+def test_every_selector_is_tested():
+    assert set(SOME) == set(ALL) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_budget_of_everything_is_dense_attention(name, key):
+    x = jax.random.normal(key, (2, T, WIDTH))
+    dense = {"pattern": "causal" if METHODS[name].causal else "full"}
+    dense = layer(None, causal=METHODS[name].causal, **dense)
+    found = with_weights_of(layer(name, ALL[name]), dense)
+    np.testing.assert_allclose(value(found, x), value(dense, x), **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_smaller_budget_leaves_something_out(name, key):
+    x = 3 * jax.random.normal(key, (2, T, WIDTH))
+    some, every = layer(name), layer(name, ALL[name])
+    assert jnp.abs(value(some, x) - value(every, x)).max() > 1e-3
+    densities = [
+        run(model, x, positions(2))[0].metrics["density"] for model in (some, every)
+    ]
+    assert densities[0] < densities[1] <= 1
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_token_never_changes_what_came_before_it(name, key):
+    model, x = layer(name), jax.random.normal(key, (1, T, WIDTH))
+    before = value(model, x)
+    for changed in (0, 7, 8, 23):
+        after = value(model, x.at[:, changed].add(1.0))
+        np.testing.assert_array_equal(after[:, :changed], before[:, :changed])
+        assert (after[:, changed] != before[:, changed]).any()
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_prefill_and_decode_equal_the_whole_forward(name, key):
+    model, x = layer(name), jax.random.normal(key, (2, T, WIDTH))
+    whole = value(model, x)
+    cache = empty_cache(model.config, SIZES, 2, 28, dtype="float32")
+    parts = []
+    for start, stop in [(0, 5), (5, 18)] + [(t, t + 1) for t in range(18, T)]:
+        where = positions(2)[:, start:stop]
+        out, cache = run(model, x[:, start:stop], where, None, cache)
+        parts.append(out.value)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_cache_shorter_than_the_budget_serves(name, key):
+    model, x = layer(name, ALL[name]), jax.random.normal(key, (1, 6, WIDTH))
+    cache = empty_cache(model.config, SIZES, 1, 2 * BLOCK, dtype="float32")
+    found, _ = run(model, x, positions(1, 6), None, cache)
+    dense = with_weights_of(layer(None), model)
+    np.testing.assert_allclose(found.value, value(dense, x), **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_query_reads_something(name, key):
+    x = jax.random.normal(key, (1, T, WIDTH))
+    for inputs in (x, 0 * x, x[:, :1]):
+        model = layer(name) if inputs.shape[1] == T else layer(name, {"top": 1})
+        model = with_weights_of(model, layer(None))
+        assert jnp.isfinite(value(model, inputs)).all()
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_permuting_the_batch_permutes_the_output(name, key):
+    model, x = layer(name), jax.random.normal(key, (3, T, WIDTH))
+    order = jnp.array([2, 0, 1])
+    np.testing.assert_allclose(value(model, x[order]), value(model, x)[order], **CLOSE)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_documents_do_not_learn_of_each_other(name, key):
+    model, x = layer(name), jax.random.normal(key, (1, T, WIDTH))
+    lengths = [9, 5, 10]
+    numbers = jnp.repeat(jnp.arange(1, 4), jnp.array(lengths))[None].astype("int32")
+    where = jnp.concatenate([jnp.arange(n) for n in lengths])[None].astype("int32")
+    before = value(model, x, where, numbers)
+    assert jnp.isfinite(before).all()
+    for changed in (slice(0, 9), slice(14, T)):
+        after = value(model, x.at[:, changed].add(1.0), where, numbers)
+        same = np.ones(T, bool)
+        same[changed] = False
+        np.testing.assert_array_equal(after[:, same], before[:, same])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("shape", [{"data": 2, "tensor": 2, "context": 2}], ids=str)
+def test_any_mesh_gives_the_values_and_gradients_of_one_device(name, shape, key):
+    graph, state = nnx.split(layer(name, learned_sinks=True))
+    x = jax.random.normal(key, (2, T, WIDTH))
+    numbers = (positions(2) // jnp.array([11, 13], dtype="int32")[:, None]) + 1
+    numbers = numbers if METHODS[name].causal else None
+
+    def loss(state, x):
+        model = nnx.merge(graph, state)
+        out, _ = model(x, positions=positions(2), segments=numbers)
+        total = jnp.square(out.value).mean() + sum(out.losses.values())
+        return total, (out.value, out.metrics)
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))
+    expected = run(state, x)
+    mesh = jax.make_mesh(
+        tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto,) * len(shape)
+    )
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(state, x)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_gradients_are_those_of_the_reference(name, key):
+    x = jax.random.normal(key, (2, T, WIDTH))
+
+    def slopes(implementation):
+        graph, state = nnx.split(layer(name, implementation=implementation))
+
+        def loss(state, x):
+            out, _ = nnx.merge(graph, state)(x, positions=positions(2))
+            return jnp.square(out.value).mean() + sum(out.losses.values())
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))(state, x)
+
+    for a, b in zip(
+        jax.tree.leaves(slopes("xla")),
+        jax.tree.leaves(slopes("reference")),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_layers_are_built_under_vmap(name):
+    def state(key):
+        cfg = config(name)
+        return nnx.state(Attention(cfg, WIDTH, HEADS, KV_HEADS, rngs=nnx.Rngs(key)))
+
+    stacked = jax.vmap(state)(jax.random.split(jax.random.key(0), 3))
+    for path, leaf in nnx.to_flat_state(stacked):
+        letters = leaf.get_metadata()["axes"].split()
+        assert leaf[...].ndim == 1 + len(letters), path
+
+
+# Pure selectors, called by themselves: further arguments of each.
+CALLS = {"moba": {"top": 2}}
+
+
+def arrays(key, *, b=2, t=T, s=T, h=4, g=2, c=8):
+    keys = jax.random.split(key, 3)
+    shapes = (b, t, h, c), (b, s, g, c), (b, s, g, c)
+    return [jax.random.normal(k, x) for k, x in zip(keys, shapes, strict=True)]
+
+
+def selected(name, q, k, **changes):
+    return SELECTORS[name](q, k, **{"block_kv": BLOCK} | CALLS[name] | changes)
+
+
+def test_every_pure_selector_is_called():
+    assert set(CALLS) == set(SELECTORS)
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_the_error_is_the_dropped_mass_times_the_distance_of_the_means(name, key):
+    q, k, v = arrays(key)
+    visible = selected(name, q, k).to_dense()
+    rule = causal() if METHODS[name].causal else full()
+    every = BlockMask.from_pattern(rule, q_len=T, kv_len=T, block_q=8, block_kv=8)
+    attend = jax.jit(block_sparse_attention)
+    dense, sparse = attend(q, k, v, every), attend(q, k, v, selected(name, q, k))
+    k, v = (x.repeat(2, axis=2) for x in (k, v))
+    logits = jnp.einsum("bthc,bshc->bhts", q, k) * 8**-0.5
+    weights = jax.nn.softmax(jnp.where(every.to_dense(), logits, -jnp.inf))
+    head, tail = jnp.where(visible, weights, 0), jnp.where(visible, 0, weights)
+    dropped = tail.sum(-1)
+    means = [
+        jnp.einsum(
+            "bhts,bshc->bthc", w / jnp.maximum(w.sum(-1, keepdims=True), 1e-30), v
+        )
+        for w in (head, tail)
+    ]
+    expected = dropped.mT[..., None] * (means[1] - means[0])
+    np.testing.assert_allclose(dense - sparse, expected, **CLOSE)
+    assert dropped.max() > 0.1
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_permuting_head_groups_permutes_the_mask(name, key):
+    q, k, _ = arrays(key)
+    mask = selected(name, q, k).to_dense()
+    turned = q.reshape(2, T, 2, 2, 8)[:, :, ::-1].reshape(q.shape)
+    found = selected(name, turned, k[:, :, ::-1]).to_dense()
+    each = jnp.broadcast_to(mask, (2, 4, T, T)).reshape(2, 2, 2, T, T)[:, ::-1]
+    found = jnp.broadcast_to(found, (2, 4, T, T))
+    np.testing.assert_array_equal(found, each.reshape(2, 4, T, T))
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_ties_go_to_the_earlier_keys(name):
+    q, k = jnp.zeros((1, T, 4, 8)), jnp.zeros((1, T, 2, 8))
+    mask = selected(name, q, k)
+    again = selected(name, q, k[..., ::-1])
+    np.testing.assert_array_equal(mask.to_dense(), again.to_dense())
+    last = np.asarray(mask.to_dense())[0, 0, -1]
+    assert last[0]
+    assert last.any()
+
+
+@pytest.mark.parametrize("name", sorted(CALLS))
+def test_a_budget_beyond_what_is_there_is_refused(name, key):
+    q, k, _ = arrays(key)
+    beyond = {n: 10**6 for n in CALLS[name] if n == "top"}
+    with pytest.raises(ValueError, match=r"top=1000000: there are only \d+"):
+        selected(name, q, k, **beyond)
+    mask = selected(name, q, k, **beyond, place=Place(cached=True))
+    assert jnp.isfinite(mask.count.sum())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"selector": "mobaa"}, "selector='mobaa': no such name; did you mean 'moba'"),
+        ({"selection": {"topp": 3}}, "selection.topp: no such field.*'top'"),
+        ({"selection": {"top": 0}}, "selection.top=0: must be at least 1"),
+        ({"selection": {"top": 1.5}}, "selection.top=1.5: expected int"),
+        ({"selector": None, "selection": {"top": 3}}, "selection=.*set selector"),
+        (
+            {"pattern": "sliding_window", "arguments": {"window": 5}},
+            "pattern='sliding_window': a selector chooses among all",
+        ),
+    ],
+)
+def test_a_config_names_what_is_wrong(change, words):
+    values = {"selector": "moba"} | change
+    with pytest.raises(FieldError, match=words):
+        AttentionConfig(**values)
+    with pytest.raises(ConfigError, match=f"config.{words}"):
+        convert(AttentionConfig, values)
+
+
+def test_options_have_the_defaults_of_their_papers():
+    assert AttentionConfig(selector="moba").options.top == 3
+
+
+# What each paper says is its own.
+
+
+def test_moba_reads_its_own_block_and_the_best_means(key):
+    q, k, _ = arrays(key, b=1, h=1, g=1)
+    mask = np.asarray(selected("moba", q, k, top=3).kinds())[0, 0] > 0
+    means = np.asarray(k)[0, :, 0].reshape(6, 4, 8).mean(1)
+    for t in range(T):
+        own = t // 4
+        order = np.argsort(-means[:own] @ np.asarray(q)[0, t, 0])
+        assert set(np.flatnonzero(mask[t])) == {own, *order[:2]}
+
+
+def test_moba_never_reads_the_mean_of_its_own_block(key):
+    q, k, _ = arrays(key, b=1)
+    before = selected("moba", q, k).to_dense()
+    after = selected("moba", q, k.at[:, 20:].add(9.0)).to_dense()
+    np.testing.assert_array_equal(after, before)
+
+
+def test_documents_in_a_block_have_means_of_their_own(key):
+    q, k, _ = arrays(key, b=1)
+    numbers = jnp.where(jnp.arange(T) < 6, 1, 2)[None].astype("int32")
+    place = Place(segments=Segments(numbers, numbers))
+    before = selected("moba", q, k, place=place).to_dense()
+    after = selected("moba", q, k.at[:, 4:6].add(9.0), place=place).to_dense()
+    np.testing.assert_array_equal(after, before)
