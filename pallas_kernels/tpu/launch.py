@@ -95,7 +95,7 @@ def launch(
         ]
     )
     grid = (outer, pairs.total, inner) if by_key else (outer, inner, pairs.total)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
@@ -109,7 +109,8 @@ def launch(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM,
         ),
-    )(where, pairs.words, pairs.others, tensors)
+    )
+    return list(call(where, pairs.words, pairs.others, tensors))
 
 
 def _index(

@@ -22,7 +22,7 @@ from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.restrict import restrict
 from sparsejax.attention.target import platform
-from sparsejax.attention.xla import _alike, _pad
+from sparsejax.attention.xla import _alike
 from sparsejax.typing import Array, Float
 
 __all__ = ["mosaic_tpu"]
@@ -77,15 +77,15 @@ class _Plan(NamedTuple):
     rows: _Limit
     columns: _Limit
 
-    def queries(self, x: Array, fill: float = 0) -> Array:
+    def queries(self, x: Array, fill: float = 0.0) -> Array:
         """[b, t, h, c] to [o, r, q, c]."""
         (apart, own), (outer, inner, packed) = self.batches, self.heads
         rows, block_q = self.tiling.rows, self.tiling.block_q
-        x = _filled(x, 1, rows * block_q, fill)
+        x = _pad(x, 1, rows * block_q, fill)
         x = x.reshape(apart, own, rows, block_q, outer, inner, packed, -1)
         x = x.transpose(0, 4, 1, 5, 2, 6, 3, 7)
         x = x.reshape(apart * outer, own * inner * rows, packed * block_q, -1)
-        return _filled(x, 2, self.height, fill)
+        return _pad(x, 2, self.height, fill)
 
     def from_queries(self, x: Array, shape: tuple[int, ...]) -> Array:
         """[o, r, q, c] to [b, t, h, c]."""
@@ -363,6 +363,6 @@ def _round_up(size: int) -> int:
     return -(-size // SUBLANES) * SUBLANES
 
 
-def _filled(x: Array, axis: int, length: int, fill: float) -> Array:
+def _pad(x: Array, axis: int, length: int, fill: float = 0.0) -> Array:
     edges = [(0, length - n if a == axis else 0) for a, n in enumerate(x.shape)]
     return jnp.pad(x, edges, constant_values=np.asarray(fill, x.dtype))
