@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -28,6 +30,19 @@ def test_a_config_is_what_its_golden_file_says(name):
     found = to_dict(convert(Config, values_of(name)))
     expected = json.loads((GOLDEN / f"{name}.json").read_text())
     assert found == expected, f"if meant: python -m tests.test_configs {name}"
+
+
+def test_checking_configs_touches_no_device():
+    # Processes have to meet before any of them does; JAX refuses the setting after.
+    code = f"""
+import jax
+from sparsejax.config import convert, read
+from sparsejax.train.config import Config
+for name in {CONFIGS}:
+    convert(Config, read(f"configs/{{name}}.py"))
+jax.config.update("jax_num_cpu_devices", 3)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def toy_size(values):

@@ -93,16 +93,19 @@ class MoEConfig:
             kind = type(known[name])
             fits = type(value) is kind or (kind is float and type(value) is int)
             require(fits, path, value, f"expected {kind.__name__}")
-        context = {
-            "bias": jnp.zeros(self.experts),
-            "tokens": jnp.zeros(1, jnp.int32),
-            "valid": jnp.ones(1, bool),
-            "key": jax.random.key(0),
-        }
+
+        def shapes(logits: Array) -> Routing:
+            context = {
+                "bias": jnp.zeros(self.experts),
+                "tokens": jnp.zeros(1, jnp.int32),
+                "valid": jnp.ones(1, bool),
+                "key": jax.random.key(0),
+            }
+            return self.route(logits, context)
+
+        # Only shapes: processes have to meet before any of them touches a device.
         try:
-            jax.eval_shape(
-                lambda logits: self.route(logits, context), jnp.zeros((1, self.experts))
-            )
+            jax.eval_shape(shapes, jax.ShapeDtypeStruct((1, self.experts), "float32"))
         except ValueError as error:
             raise FieldError(f"router={self.router!r}: {error}") from None
 
