@@ -37,7 +37,7 @@ def dense(case: Case, x: dict[str, jax.Array], names: tuple[str, ...]) -> Callab
     if case.extras:
         other = ((i - j) % 3 == 0)[None, None]
         visible = jnp.where((x["choice"] == 0)[None, :, None, None], visible, other)
-        listed = pattern(case)(i | (case.block_q - 1), j & -case.block_kv)
+        listed = pattern(case)(i | (case.block_q - 1), j & -case.block_kv)[None, None]
         grants = jnp.repeat(x["grants"].mT, case.block_kv, axis=3)
         same = x["q_segments"][:, None, :, None] == x["kv_segments"][:, None, None]
         visible = visible & listed & (x["elements"] != 0) & (grants != 0) & same
@@ -96,8 +96,8 @@ def errors(case: Case) -> dict[str, float]:
         expected["dbias"] = expected["dbias"] * LOG2E  # found is by natural logits
 
     def error(a: jax.Array, b: jax.Array) -> float:
-        seen = ~jnp.isinf(b)
-        miss = jnp.where(seen, a.astype("float32") - b, jnp.where(a == b, 0, jnp.inf))
+        a, seen = a.astype("float32"), ~jnp.isinf(b)
+        miss = jnp.where(seen, a - b, jnp.where(a == b, 0, jnp.inf))
         size = jnp.square(jnp.where(seen, b, 0)).mean()
         return float(jnp.sqrt(jnp.square(miss).mean() / size))
 

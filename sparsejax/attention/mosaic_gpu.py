@@ -252,7 +252,9 @@ def _forward(q, k, v, bias, mask, segments, score: gpu.Score) -> Attended:
     )
     values, lse = _merged(found["out"], found["lse"], layout.splits)
     lse = layout.unfolded(lse.mT[..., None], 1)[..., 0].mT
-    return Attended(layout.unfolded(values, q.shape[3]), lse / LOG2E)
+    attended = Attended(layout.unfolded(values, q.shape[3]), lse / LOG2E)
+    # Kernels do not say over which mesh axes their results vary.
+    return _alike(attended, q, k, v, bias, mask, segments)
 
 
 def _merged(values: Array, lse: Array, splits: int) -> tuple[Array, Array]:
@@ -305,7 +307,8 @@ def _attend_backward(score: gpu.Score, saved, cotangent: Attended):
     keys = gpu.key_gradients(arrays, _lists(mask.transpose()), plan=plan, **run)
     dk, dv = (keys[name][:, : k.shape[1], :, :c] for name in ("dk", "dv"))
     dbias = keys["dbias"][:, :, : k.shape[1]] if score.biased else None
-    return dq[:, : q.shape[1], :, :c], dk, dv, dbias, None, None
+    slopes = _alike((dq[:, : q.shape[1], :, :c], dk, dv, dbias), q, k, v, cotangent)
+    return *slopes, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

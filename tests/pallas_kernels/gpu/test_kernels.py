@@ -1,0 +1,113 @@
+"""What the frame of the kernels promises: no race, no deadlock, a budget that holds."""
+
+import contextlib
+import dataclasses
+import importlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gpu import check, forward, interpreted, skeleton
+from pallas_kernels.gpu.cases import CASES, Case, arrays, kernels, lists
+from sparsejax.compat import HAS_GPU_INTERPRETER
+
+pytestmark = pytest.mark.timeout(180)  # a deadlock would wait for ever
+runs = pytest.mark.skipif(
+    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
+)
+TINY = Case(length=256, heads=1, key_heads=1, width=32, block_q=64, block_kv=64)
+
+
+@pytest.fixture(autouse=True)
+def clean_interpreter():
+    yield
+    if HAS_GPU_INTERPRETER:
+        name = "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks"
+        importlib.import_module(name).reset_gpu_interpret_mode_state()
+
+
+def run(kernel, key):
+    x = arrays(TINY, key)
+    row = jnp.zeros((1, 1, TINY.length))
+    x |= {"lse": row, "delta": row}
+    part = kernels(TINY)[kernel]
+    # Fewer slots than tiles: slots are used again.
+    plan = dataclasses.replace(part.keywords["plan"], slots=2)
+    walked = lists(TINY, by_keys=kernel == "key_gradients")
+    with interpreted():
+        return jax.block_until_ready(
+            jax.jit(part, static_argnames="plan")(x, walked, plan=plan)
+        )
+
+
+@runs
+@pytest.mark.parametrize("kernel", ["forward", "query_gradient", "key_gradients"])
+def test_a_slot_given_back_too_early_is_found(kernel, key, monkeypatch):
+    run(kernel, key)
+
+    @contextlib.contextmanager
+    def hasty(piece, *names):
+        tiles, slot = piece.program.tiles, piece.slot
+        plgpu.barrier_wait(tiles["ready_" + names[0]].at[slot])
+        plgpu.barrier_arrive(tiles["free_" + names[0]].at[slot])
+        yield [tiles[name].at[slot] for name in names]
+
+    monkeypatch.setattr(skeleton.Piece, "fed", hasty)
+    with pytest.raises(Exception, match=r"(?i)race"):
+        run(kernel, key)
+
+
+@runs
+def test_a_tile_read_before_it_came_is_found(key, monkeypatch):
+    @contextlib.contextmanager
+    def blind(piece, *names):
+        tiles, slot = piece.program.tiles, piece.slot
+        yield [tiles[name].at[slot] for name in names]
+        plgpu.barrier_arrive(tiles["free_" + names[0]].at[slot])
+
+    monkeypatch.setattr(skeleton.Piece, "fed", blind)
+    with pytest.raises(Exception, match=r"(?i)race|phase|barrier"):
+        run("forward", key)
+
+
+@runs
+def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
+    check.main(["--tiny"])
+    assert "tiny {'out': " in capsys.readouterr().out
+
+
+@runs
+def test_all_extras_of_the_cases_agree_with_dense_attention():
+    small = {"length": 128, "heads": 2, "key_heads": 1, "width": 32}
+    case = dataclasses.replace(CASES["extras"], **small, block_q=64, block_kv=64)
+    with interpreted():
+        assert max(check.errors(case).values()) < check.BOUNDS["bfloat16"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"own": 96}, "own=96: must be a multiple of 64 and divide 128"),
+        ({"step": 64, "step_block": 96}, "step=64: .* divide 96"),
+        ({"own": 192, "own_block": 192}, "own=192: registers suffice"),
+        ({"slots": 9}, "in 9 slots need .* use smaller tiles or fewer slots"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused_before_launch(change, words, key):
+    run = kernels(Case(length=384))["forward"]
+    plan = dataclasses.replace(run.keywords["plan"], **change)
+    rest = {n: run.keywords[n] for n in ("score", "rule")}
+    x = {n: jnp.zeros((1, 384, 16, 128), "bfloat16") for n in "qkv"}
+    with pytest.raises(ValueError, match=words):
+        forward(x, lists(Case(length=384)), plan=plan, **rest)
+
+
+def test_a_jax_without_an_interpreter_says_so(monkeypatch):
+    monkeypatch.delattr(plgpu, "force_gpu_interpret_mode", raising=False)
+    with (
+        pytest.raises(ValueError, match="cannot interpret GPU kernels: use"),
+        interpreted(),
+    ):
+        pass
