@@ -24,7 +24,7 @@ from sparsejax.attention.patterns import (
     strided,
 )
 from sparsejax.attention.rope import rope
-from sparsejax.attention.selectors import METHODS, SELECTORS, Sizes
+from sparsejax.attention.selectors import METHODS, SELECTORS, Sizes, Work
 from sparsejax.attention.video_patterns import (
     diagonal,
     multi_diagonal,
@@ -44,6 +44,7 @@ __all__ = [
     "Pattern",
     "Segments",
     "Sizes",
+    "Work",
     "bigbird",
     "block_diagonal",
     "block_sparse_attention",

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["Attended", "Segments", "join_sinks"]
+__all__ = ["Attended", "Segments", "join_sinks", "merge"]
 
 
 class Attended(NamedTuple):
@@ -29,3 +29,15 @@ def join_sinks(attended: Attended, sinks: Float[Array, " h"]) -> Attended:
     kept = jnp.exp(attended.lse - lse).mT[..., None]
     values = attended.values
     return Attended((values * kept).astype(values.dtype), lse)
+
+
+def merge(a: Attended, b: Attended) -> Attended:
+    """Give what one softmax over the keys of both would give; they share no key."""
+    lse = jnp.logaddexp(a.lse, b.lse)
+    seen = jnp.isfinite(lse)
+    values = sum(
+        jnp.where(seen, jnp.exp(x.lse - jnp.where(seen, lse, 0)), 0).mT[..., None]
+        * x.values.astype("float32")
+        for x in (a, b)
+    )
+    return Attended(jnp.asarray(values).astype(a.values.dtype), lse)

@@ -71,6 +71,7 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
     qk_norm: bool = True  # root-mean-square norm of queries and keys, per head
     softcap: float | None = None
+    key_conv: int = 0  # taps of a convolution over keys; 0 for none
     learned_sinks: bool = False  # a learned logit per head that takes no value
     causal: bool = True  # refuse patterns that read the future
     dense_every: int = 0
@@ -87,6 +88,7 @@ class AttentionConfig:
         require(paired, "head_width", width, "must be even and positive")
         capped = self.softcap is None or self.softcap > 0
         require(capped, "softcap", self.softcap, "must be positive; none for no cap")
+        require(self.key_conv >= 0, "key_conv", self.key_conv, "must be >= 0")
         require(self.dense_every >= 0, "dense_every", self.dense_every, "must be >= 0")
         if self.implementation is not None:
             choose("implementation", self.implementation, IMPLEMENTATIONS)
@@ -109,7 +111,8 @@ class AttentionConfig:
         """Whether no query reads its future."""
         if self.selector is None:
             return self.build().is_causal
-        return METHODS[self.selector].causal
+        method = METHODS[self.selector]
+        return method.causal and (not method.patterned or self.build().is_causal)
 
     @property
     def options(self) -> Any:
@@ -134,6 +137,7 @@ class AttentionConfig:
             "a selector chooses among all keys; set pattern=causal, without arguments"
         )
         plain = self.pattern == "causal" and not self.arguments
+        plain = plain or METHODS[self.selector].patterned
         require(plain, "pattern", self.pattern, rule)
         try:
             _ = self.options

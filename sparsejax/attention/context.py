@@ -47,6 +47,11 @@ class Place(NamedTuple):
         """Absolute positions of the queries."""
         return self.q_offset + jnp.arange(tokens, dtype="int32")
 
+    def rows(self, q: Array) -> tuple[Array, ...]:
+        """Positions of the queries "b t" and, of packed documents, their numbers."""
+        i = jnp.broadcast_to(self.positions(q.shape[1])[None], q.shape[:2])
+        return (i,) if self.segments is None else (i, self.segments.q)
+
     def budget(self, name: str, value: int, there: int, what: str) -> int:
         """How many to choose; what a short cache does not hold needs no choosing.
 
@@ -83,11 +88,13 @@ class Context(NamedTuple):
             outputs: axes strings of what is returned, likewise.
         """
         parts = parts_of_context()
+        known = isinstance(self.q_offset, int) and parts == 1  # then lists are narrow
 
         def run(q_offset: Any, segments: Any, *arrays: Any) -> Any:
             if parts > 1:
                 q_offset = q_offset + jax.lax.axis_index("context") * arrays[0].shape[1]
             segments = None if segments is None else Segments(*segments)
+            q_offset = self.q_offset if known else q_offset
             return function(Place(q_offset, segments, self.cached), *arrays)
 
         numbers = None if self.segments is None else tuple(self.segments)

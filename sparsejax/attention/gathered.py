@@ -65,7 +65,9 @@ class _Fetched:
         if biases is not None:
             logits = logits + biases.transpose(2, 0, 1, 4, 3)
         ids = jnp.where(live, at % inputs.layout.columns, 0)
-        allowed = visible(inputs, taken(self.row, n), self.numbers, ids)
+        place = jnp.arange(ids.shape[1], dtype="int32")[None]
+        whole = place < self.row.full[n][:, None]
+        allowed = visible(inputs, taken(self.row, n), self.numbers, ids, whole)
         allowed = allowed & live.repeat(inputs.mask.block_kv, axis=1)[:, None, None]
         allowed = allowed[:, :, None, None]
         split = (*logits.shape[:3], -1, *allowed.shape[-2:])

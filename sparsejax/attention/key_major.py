@@ -38,6 +38,7 @@ class _Plan(NamedTuple):
 
     rows: Any  # [tiles, M] rows of a tile; the first one again where it ends
     real: Any  # [tiles, M]
+    whole: Any  # [tiles, M] whether the pair needs no element rule
     block: Any  # [tiles] key block, counted over all batch elements and heads
     count: Any  # [] tiles that exist
     place: Any  # [N, P] where a pair lies among all tiles' rows; past them if dead
@@ -59,12 +60,14 @@ def _plan(row: Row, blocks: int, size: int) -> _Plan:
     pair = first[:, None] + jnp.arange(size, dtype="int32")[None]
     real = pair < edges[of + 1][:, None]
     pair = jnp.where(real, pair, first[:, None])
-    rows = order[jnp.minimum(pair, n * width - 1)] // width
+    rows, entry = jnp.divmod(order[jnp.minimum(pair, n * width - 1)], width)
     mine = jnp.minimum(block[order], blocks - 1)
     rank = jnp.arange(n * width, dtype="int32") - edges[mine]
     place = jnp.where(block[order] < blocks, (end - tiles)[mine] * size + rank, 2**30)
     place = jnp.zeros(n * width, "int32").at[order].set(place, unique_indices=True)
-    return _Plan(rows, real, of, end[-1], place.reshape(n, width))
+    return _Plan(
+        rows, real, entry < row.full[rows], of, end[-1], place.reshape(n, width)
+    )
 
 
 def _tile_size(inputs: Inputs, row: Row) -> int:
@@ -109,7 +112,8 @@ class _Tiles(NamedTuple):
         slope = score.slope(logits)
         logits = logits if biases is None else logits + biases[at].mT
         block = (at % self.inputs.layout.columns)[None, None]
-        allowed = visible(self.inputs, taken(self.row, n), self.numbers, block)
+        whole = self.plan.whole[tile][:, None]
+        allowed = visible(self.inputs, taken(self.row, n), self.numbers, block, whole)
         allowed = allowed & self.plan.real[tile][:, None, None, None]
         allowed = allowed.transpose(1, 0, 2, 3)[:, None, :, None]
         m, bq = allowed.shape[2], allowed.shape[4]

@@ -17,7 +17,8 @@ from jax.core import Tracer
 from sparsejax.attention.attended import Segments
 from sparsejax.attention.config import AttentionConfig
 from sparsejax.attention.context import Context
-from sparsejax.attention.rope import rope
+from sparsejax.attention.key_conv import key_conv
+from sparsejax.attention.rope import head_norm, rope
 from sparsejax.attention.selectors import METHODS, Patterned, Sizes
 from sparsejax.typing import Array, Float, Int, Output
 
@@ -31,6 +32,7 @@ class Cache(NamedTuple):
     values: Float[Array, "b s g c"]
     length: Int[Array, ""]  # how many are filled
     features: dict[str, Array] = {}  # noqa: RUF012  what the mixer keeps, "b s …"
+    recent: Any = None  # raw keys "b w g c" that a convolution still needs
 
     @classmethod
     def empty(
@@ -55,7 +57,8 @@ class Cache(NamedTuple):
         tokens = keys.shape[1]
         old = self.keys, self.values, self.features
         keys, values, features = jax.tree.map(put, old, (keys, values, features))
-        return Cache(keys, values, self.length + tokens, features)
+        length = self.length + tokens
+        return self._replace(keys=keys, values=values, length=length, features=features)
 
 
 class Attention(nnx.Module):
@@ -92,6 +95,9 @@ class Attention(nnx.Module):
         if config.qk_norm:
             self.query_norm = nnx.Param(jnp.ones(c), axes="c")
             self.key_norm = nnx.Param(jnp.ones(c), axes="c")
+        if config.key_conv:
+            taps = jnp.zeros((config.key_conv, kv_heads, c))
+            self.taps = nnx.Param(taps, axes=f"{config.key_conv} g c")
         self.sinks = (
             nnx.Param(jnp.zeros(heads), axes="h") if config.learned_sinks else None
         )
@@ -116,7 +122,8 @@ class Attention(nnx.Module):
             ValueError: for a cache together with segments or with a pattern that reads
                 the future, and for a cache that is known to overflow.
         """
-        q, k, v = self._project(x, positions)
+        recent = None if cache is None else cache.recent
+        q, k, v, recent = self._project(x, positions, segments, recent)
         features = self.mixer.features(x, positions)
         context = Context(
             config=self.config,
@@ -128,6 +135,7 @@ class Attention(nnx.Module):
         if cache is not None:
             _check_cache(cache, x.shape[1], segments, self.config)
             offset, cache = cache.length, cache.extended(k, v, features)
+            cache = cache._replace(recent=recent)
             k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
             context = context._replace(
                 q_offset=offset, features=cache.features, cached=True
@@ -139,16 +147,27 @@ class Attention(nnx.Module):
         out = jnp.einsum("bthc,hcd->btd", values, self.out[...].astype(x.dtype))
         return Output(out, mixed.losses, mixed.metrics), cache
 
-    def _project(self, x: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """Queries and keys, normed and rotated, and values."""
+    def _project(
+        self, x: Array, positions: Array, segments: Any, recent: Any
+    ) -> tuple[Array, Array, Array, Any]:
+        """Queries and keys, normed and rotated, values, and the last raw keys."""
         q, k, v = (
             jnp.einsum("btd,dhc->bthc", x, w[...].astype(x.dtype))
             for w in (self.query, self.key, self.value)
         )
+        if self.config.key_conv:
+            edge = self.config.key_conv - 1
+            if recent is None:
+                recent = jnp.zeros_like(k, shape=(len(k), edge, *k.shape[2:]))
+            line = jnp.concatenate([recent.astype(k.dtype), k], axis=1)
+            k = key_conv(k, self.taps[...], before=recent, segments=segments)
+            recent = line[:, line.shape[1] - edge :]
         if self.config.qk_norm:
-            q, k = _norm(q, self.query_norm[...]), _norm(k, self.key_norm[...])
+            q = head_norm(q, self.query_norm[...])
+            k = head_norm(k, self.key_norm[...])
         theta = self.config.rope_theta
-        return rope(q, positions, theta=theta), rope(k, positions, theta=theta), v
+        q, k = (rope(a, positions, theta=theta) for a in (q, k))
+        return q, k, v, recent
 
 
 def empty_cache(
@@ -164,20 +183,16 @@ def empty_cache(
     kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(features))
     c = sizes.head_width
     cache = Cache.empty(batch, capacity, sizes.kv_heads, c, dtype=dtype)
-    return cache._replace(features=kept)
+    edge = max(0, config.key_conv - 1)
+    recent = jnp.zeros((batch, edge, sizes.kv_heads, c), dtype)
+    recent = recent if config.key_conv else None
+    return cache._replace(features=kept, recent=recent)
 
 
 def _mixer(config: AttentionConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> Any:
     if config.selector is None:
         return Patterned()
-    return METHODS[config.selector].build(config.options, sizes, rngs=rngs)
-
-
-def _norm(x: Float[Array, "b t h c"], scale: Float[Array, " c"]) -> Array:
-    """Divide by the root mean square over the head's width, in float32."""
-    wide = x.astype("float32")
-    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
-    return (wide * scale[None, None, None]).astype(x.dtype)
+    return METHODS[config.selector].build(config, sizes, rngs=rngs)
 
 
 def _check_cache(

@@ -308,7 +308,7 @@ class BlockMask:
         granted = kinds.repeat(self.block_q, 2)
         if self.grants is not None:
             given = jnp.pad(self.grants, _edges(self.grants, granted))
-            granted = jnp.where(given, granted, granted * (granted == ls.FULL))
+            granted = jnp.where(given | (granted == ls.FULL), granted, jnp.int8(0))
         granted = granted > ls.EMPTY
         if block_kv == self.block_kv:
             tables["grants"] = granted

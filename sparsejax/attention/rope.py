@@ -1,10 +1,20 @@
-"""Rotary position embedding: a rotation of queries and keys by their positions."""
+"""What queries and keys go through before they meet: a norm, and a rotation."""
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["rope"]
+__all__ = ["head_norm", "rope"]
+
+
+def head_norm(
+    x: Float[Array, "b t h c"], scale: Float[Array, " c"]
+) -> Float[Array, "b t h c"]:
+    """Divide by the root mean square over the head's width, in float32."""
+    wide = x.astype("float32")
+    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+    return (wide * scale[None, None, None]).astype(x.dtype)
 
 
 def rope(

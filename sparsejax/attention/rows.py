@@ -216,14 +216,15 @@ def gradients(inputs: Inputs, dq: Array, dk: Array, dv: Array, dbias: Any) -> tu
     )
 
 
-def visible(inputs: Inputs, row: Row, numbers: Any, ids: Array) -> Array:
-    """Element rule of some rows at some of their blocks, [M, B, block_q, P * K].
+def visible(inputs: Inputs, row: Row, numbers: Any, ids: Array, whole: Array) -> Array:
+    """What some rows see of some of their blocks, [M, B, block_q, P * K].
 
     Args:
         inputs: of the whole computation.
         row: these rows, without their tables ``elements`` and ``grants``.
         numbers: segments of the keys, or None.
         ids: blocks, [M, P] or [1, P] where all rows have the same.
+        whole: which of them need no rule, [M, P].
     """
     mask = inputs.mask
     bq, bk = mask.block_q, mask.block_kv
@@ -244,6 +245,7 @@ def visible(inputs: Inputs, row: Row, numbers: Any, ids: Array) -> Array:
         own = row.segments[..., None]
         lead = row.batch[:, None, None], jnp.arange(numbers.shape[1])[None, :, None]
         allowed = allowed & (own == numbers[(*lead, j)][:, :, None]) & (own != 0)
+    allowed = allowed | whole.repeat(bk, axis=1)[:, None, None]
     batch = inputs.q.shape[0] // inputs.layout.batches
     return jnp.broadcast_to(allowed, (len(row.top), batch, bq, j.shape[-1]))
 

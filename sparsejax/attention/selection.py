@@ -4,6 +4,9 @@ Scores are float32 "b h t j", ``1`` where batch or heads share them: one for eac
 and key block. Selection passes no gradient; ties go to the lower block.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +15,16 @@ from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.patterns import Pattern, causal
 from sparsejax.typing import Array, Bool, Float, Int
 
-__all__ = ["block_means", "blocks_of", "choose", "products", "same_document"]
+__all__ = [
+    "best",
+    "block_means",
+    "blocks_of",
+    "choose",
+    "in_chunks",
+    "products",
+    "same_document",
+    "visible_keys",
+]
 
 
 def blocks_of(x: Array, block: int) -> Array:
@@ -57,6 +69,45 @@ def products(
     grouped = q.astype("float32").reshape(b, t, means.shape[2], -1, c)
     scores = jnp.einsum("btgrc,bjgc->bgrtj", grouped, means)
     return scores.reshape(b, h, t, -1)
+
+
+def visible_keys(
+    i: Int[Array, "b t"], kv_len: int, place: Place, *numbers: Int[Array, "b t"]
+) -> Bool[Array, "b t s"]:
+    """Which single keys lie at or before each query, in its document.
+
+    Args:
+        i: positions of the queries, which with ``numbers`` are ``place.rows``.
+        kv_len: number of keys.
+        place: of the queries.
+        numbers: documents of the queries, if there are several.
+    """
+    seen = i[:, :, None] >= jnp.arange(kv_len, dtype="int32")[None, None]
+    if place.segments is None:
+        return seen
+    (q,) = numbers
+    same = q[:, :, None] == place.segments.kv[:, None]
+    return seen & same & (q != 0)[:, :, None]
+
+
+def in_chunks(function: Callable[..., Any], size: int, *arrays: Array) -> Any:
+    """Apply a function of arrays "b t …" to some queries at a time, to save memory."""
+    b, t = arrays[0].shape[:2]
+    size = max(1, size)
+    if t <= size:
+        return function(*arrays)
+    chunks = -(-t // size)
+
+    def cut(x: Array) -> Array:
+        edge = [(0, 0), (0, chunks * size - t), *[(0, 0)] * (x.ndim - 2)]
+        x = jnp.pad(x, edge, mode="edge")
+        return jnp.moveaxis(x.reshape(b, chunks, size, *x.shape[2:]), 1, 0)
+
+    def join(x: Array) -> Array:
+        return jnp.moveaxis(x, 0, 1).reshape(b, -1, *x.shape[3:])[:, :t]
+
+    found = jax.lax.map(lambda each: function(*each), tuple(map(cut, arrays)))
+    return jax.tree.map(join, found)
 
 
 def best(

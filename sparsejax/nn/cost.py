@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from sparsejax.attention import BlockMask
+from sparsejax.attention import METHODS, BlockMask, Sizes, Work
 from sparsejax.memory import MemoryConfig, PEERConfig
 from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import LayerSpec, ModelConfig, runs
@@ -34,10 +34,12 @@ class Cost(NamedTuple):
 
 
 def attention_masks(config: ModelConfig, length: int) -> dict[str, BlockMask]:
-    """Build each different attention mask of a model, named after its layers."""
+    """Build each different mask of a pattern, named after the layers it is for."""
     found: list[tuple[list[int], LayerSpec]] = []
     for index in range(config.depth):
         spec = config.layer(index)
+        if spec.attention.selector is not None:
+            continue  # the data decide
         for layers, other in found:
             if other.attention == spec.attention:
                 layers.append(index)
@@ -82,6 +84,19 @@ def live_pairs(mask: BlockMask) -> int:
     return pairs
 
 
+def _work(config: ModelConfig, spec: LayerSpec, length: int) -> Work:
+    """Count the pairs that meet in a layer, and what choosing them costs."""
+    attention = spec.attention
+    if attention.options is None:
+        return Work(live_pairs(_mask(spec, length)), 0.0)
+    width = attention.head_width or config.width // config.heads
+    sizes = Sizes(config.width, config.heads, config.kv_heads, width)
+    work = attention.options.work(length, attention.block_kv, sizes)
+    if METHODS[attention.selector].patterned:
+        work = work._replace(pairs=work.pairs + live_pairs(_mask(spec, length)))
+    return work
+
+
 def _active_share(axes: str, spec: LayerSpec) -> float:
     """Give the share of a parameter that one token uses, from its letters."""
     letters, config = axes.split(), spec.feed_forward
@@ -120,14 +135,16 @@ def cost(
         # An embedding that is not also the unembedding is read, not multiplied.
         if path != "embedding" or config.tied:
             useful += size * share * density
-    pairs = [live_pairs(_mask(config.layer(x), length)) for x in range(config.depth)]
+    works = [_work(config, config.layer(x), length) for x in range(config.depth)]
+    pairs = [work.pairs for work in works]
     width = config.attention.head_width or config.width // config.heads
     attention = 4 * config.heads * width * sum(pairs) / length
+    choosing = sum(work.choosing for work in works) / length
     return Cost(
         total=total,
         active=active,
         nonzero=round(nonzero),
-        useful_flops=3 * (2 * useful + attention),
+        useful_flops=3 * (2 * useful + attention) + choosing,
         attention_density=float(np.mean(pairs)) / (length * (length + 1) // 2),
     )
 

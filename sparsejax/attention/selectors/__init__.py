@@ -13,15 +13,40 @@ import functools
 from collections.abc import Callable
 
 from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.selectors.dma import DMA, DMAOptions, dma
+from sparsejax.attention.selectors.dsa import DSA, DSAOptions, dsa, dsa_select
+from sparsejax.attention.selectors.misa import MISAOptions, misa
 from sparsejax.attention.selectors.moba import MoBAOptions, moba
-from sparsejax.attention.selectors.plain import Method, Patterned, Selecting, Sizes
+from sparsejax.attention.selectors.nsa import NSA, NSAOptions, nsa
+from sparsejax.attention.selectors.persistent import (
+    PersistentMemory,
+    PersistentMemoryOptions,
+)
+from sparsejax.attention.selectors.plain import (
+    Method,
+    Patterned,
+    Selecting,
+    Sizes,
+    Work,
+)
 
-__all__ = ["METHODS", "SELECTORS", "Method", "Patterned", "Sizes"]
+__all__ = ["METHODS", "SELECTORS", "Method", "Patterned", "Sizes", "Work"]
 
 SELECTORS: dict[str, Callable[..., BlockMask]] = {
+    "dma": dma,
+    "dsa": dsa,
+    "misa": misa,
     "moba": moba,
+    "nsa": nsa,
 }
 
 METHODS: dict[str, Method] = {
+    "dma": Method(DMAOptions, DMA),
+    "dsa": Method(DSAOptions, functools.partial(DSA, dsa_select)),
+    "misa": Method(MISAOptions, functools.partial(DSA, misa)),
     "moba": Method(MoBAOptions, functools.partial(Selecting, moba)),
+    "nsa": Method(NSAOptions, NSA),
+    "persistent_memory": Method(
+        PersistentMemoryOptions, PersistentMemory, patterned=True
+    ),
 }

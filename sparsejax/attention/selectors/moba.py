@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax.attention.context import Place
 from sparsejax.attention.mask import BlockMask
@@ -12,6 +13,7 @@ from sparsejax.attention.selection import (
     products,
     same_document,
 )
+from sparsejax.attention.selectors.plain import Sizes, Work
 from sparsejax.config import require
 from sparsejax.typing import Array, Float
 
@@ -26,6 +28,13 @@ class MoBAOptions:
 
     def __post_init__(self) -> None:
         require(self.top >= 1, "top", self.top, "must be at least 1, the own block")
+
+    def work(self, tokens: int, block_kv: int, sizes: Sizes) -> Work:
+        """Count pairs and the products with the means of earlier blocks."""
+        own, place = np.divmod(np.arange(tokens), block_kv)
+        pairs = np.minimum(own, self.top - 1) * block_kv + place + 1
+        choosing = 2 * sizes.heads * sizes.head_width * own.sum()
+        return Work(float(pairs.sum()), float(choosing))
 
 
 def moba(

@@ -13,7 +13,7 @@ from sparsejax.attention.context import Context, Mixed, Place, parts_of_context
 from sparsejax.attention.mask import BlockMask
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["Method", "Patterned", "Selecting", "Sizes"]
+__all__ = ["Method", "Patterned", "Selecting", "Sizes", "Work"]
 
 
 class Sizes(NamedTuple):
@@ -25,12 +25,24 @@ class Sizes(NamedTuple):
     head_width: int
 
 
-class Method(NamedTuple):
-    """A selector as configs know it."""
+class Work(NamedTuple):
+    """What a method does for one sequence."""
 
-    options: type  # frozen dataclass of its arguments, with their defaults and checks
-    build: Callable[..., Any]  # (options, sizes, *, rngs) -> mixer
+    pairs: float  # queries and keys that meet in the softmax, of one head
+    choosing: float  # FLOPs of scores that carry no gradient, of all heads
+
+
+class Method(NamedTuple):
+    """A selector as configs know it.
+
+    Its options are a frozen dataclass of the arguments, with the paper's defaults and
+    with checks; ``work(tokens, block_kv, sizes) -> Work`` says what they cost.
+    """
+
+    options: type
+    build: Callable[..., Any]  # (config, sizes, *, rngs) -> mixer
     causal: bool = True  # False if queries read their future
+    patterned: bool = False  # whether it reads what the config's pattern lets it
 
 
 class Patterned(nnx.Module):
@@ -57,7 +69,8 @@ class Patterned(nnx.Module):
 
         def local(q: Array, k: Array, mask: BlockMask, *, place: Place) -> BlockMask:
             del k
-            return mask.replace(q_len=q.shape[1], q_offset=place.q_offset)
+            offset = jnp.asarray(place.q_offset, "int32")
+            return mask.replace(q_len=q.shape[1], q_offset=offset)
 
         mixed = context.attend(q, k, v, local, mask, axes=(mask.axes(),))
         return mixed._replace(metrics={})
@@ -69,13 +82,13 @@ class Selecting(nnx.Module):
     def __init__(
         self,
         select: Callable[..., BlockMask],
-        options: Any,
+        config: Any,
         sizes: Sizes,
         *,
         rngs: nnx.Rngs,
     ) -> None:
         del sizes, rngs
-        self.select, self.options = select, options
+        self.select, self.options = select, config.options
 
     def features(
         self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]

@@ -1,0 +1,34 @@
+"""MoBA: the own block and the best earlier ones, by the means of their keys."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.attention import Segments
+from sparsejax.attention.context import Place
+from tests.attention.selecting import T, arrays, selected
+
+
+def test_moba_reads_its_own_block_and_the_best_means(key):
+    q, k, _ = arrays(key, b=1, h=1, g=1)
+    mask = np.asarray(selected("moba", q, k, top=3).kinds())[0, 0] > 0
+    means = np.asarray(k)[0, :, 0].reshape(6, 4, 8).mean(1)
+    for t in range(T):
+        own = t // 4
+        order = np.argsort(-means[:own] @ np.asarray(q)[0, t, 0])
+        assert set(np.flatnonzero(mask[t])) == {own, *order[:2]}
+
+
+def test_moba_never_reads_the_mean_of_its_own_block(key):
+    q, k, _ = arrays(key, b=1)
+    before = selected("moba", q, k).to_dense()
+    after = selected("moba", q, k.at[:, 20:].add(9.0)).to_dense()
+    np.testing.assert_array_equal(after, before)
+
+
+def test_documents_in_a_block_have_means_of_their_own(key):
+    q, k, _ = arrays(key, b=1)
+    numbers = jnp.where(jnp.arange(T) < 6, 1, 2)[None].astype("int32")
+    place = Place(segments=Segments(numbers, numbers))
+    before = selected("moba", q, k, place=place).to_dense()
+    after = selected("moba", q, k.at[:, 4:6].add(9.0), place=place).to_dense()
+    np.testing.assert_array_equal(after, before)
