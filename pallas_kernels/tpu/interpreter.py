@@ -13,15 +13,18 @@ _ON: ContextVar[bool] = ContextVar("interpreted", default=False)
 
 
 @contextmanager
-def interpreted(**options: Any) -> Iterator[None]:
-    """Run every TPU kernel traced inside in JAX's simulator of a TPU.
+def interpreted(*, simulated: bool = False, **options: Any) -> Iterator[None]:
+    """Evaluate every TPU kernel that is traced inside, instead of compiling it.
 
     Args:
-        options: of ``jax.experimental.pallas.tpu.InterpretParams``.
+        simulated: model the memories of a TPU too, which is slow, but sees races and
+            reads out of bounds.
+        options: of ``jax.experimental.pallas.tpu.InterpretParams``, if simulated.
     """
+    mode: Any = pltpu.InterpretParams(**options) if simulated else True
     token = _ON.set(True)
     try:
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**options)):
+        with pltpu.force_tpu_interpret_mode(mode):
             yield
     except BaseException:
         # The simulator keeps its memory over an exception, and the next run fails.
@@ -32,5 +35,5 @@ def interpreted(**options: Any) -> Iterator[None]:
 
 
 def is_interpreted() -> bool:
-    """Whether kernels traced here would run in the simulator."""
+    """Whether kernels traced here are evaluated."""
     return _ON.get()

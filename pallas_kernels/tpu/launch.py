@@ -7,7 +7,7 @@ memory, which outlasts a step; outputs are written at the end of a row.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.blocks import Place, Tensors, Tiling, locate, seen
 from pallas_kernels.tpu.pairs import FIRST, FULL, LAST, PARTIAL, Pairs
 
-__all__ = ["Body", "Output", "launch"]
+__all__ = ["Body", "launch"]
 
 # start(), step(visible), finish()
 Body = tuple[Callable[[], None], Callable[[Any], None], Callable[[], None]]
@@ -34,25 +34,18 @@ SIDES = Tensors(
 )
 
 
-class Output(NamedTuple):
-    """One block for each row of the list."""
-
-    block: tuple[int, int]
-    dtype: Any
-
-
 def launch(
     body: Callable[..., Body],
     pairs: Pairs,
     where: jax.Array,
     tensors: Tensors,
-    outputs: tuple[Output, ...],
+    outputs: tuple[jax.ShapeDtypeStruct, ...],
     scratch: tuple[tuple[int, int], ...],
     *,
     tiling: Tiling,
     by_key: bool,
 ) -> list[jax.Array]:
-    """Run a body over the list; outputs are "o r *block" of the rows' side.
+    """Run a body over the list; outputs have one block for each row, "o r *block".
 
     Args:
         body: called as ``body(tensors, outputs, scratch, tiling)`` with refs.
@@ -60,14 +53,21 @@ def launch(
         scratch: shapes of float32 accumulators.
         by_key: whether rows are key blocks, else query blocks.
     """
-    side = tensors.k if by_key else tensors.q
-    outer, inner = len(tensors.k), len(tensors.q) // len(tensors.k)
+    outer = tiling.batches[0] * tiling.keys[0]
+    inner = len(tensors.q) // outer
     place = functools.partial(locate, by_key=by_key)
 
-    def spec(x: Any, kind: int) -> pl.BlockSpec:
-        lead = x.ndim - 2
-        index = functools.partial(_index, place, kind, inner, x.shape[:2], tiling)
-        return pl.BlockSpec((*[None] * lead, *x.shape[lead:]), index)
+    def spec(x: Any, side: int) -> pl.BlockSpec:
+        block = x.shape[-2:]
+        if side == KEY and x.ndim == 3:
+            block = tiling.block_kv, tensors.q.shape[-1]
+
+        def index(*args: Any) -> tuple[Any, ...]:
+            *ids, where, words, others = args
+            at = place(ids, where[1], words, others)
+            return _index(at, x.shape, side, inner, tiling)
+
+        return pl.BlockSpec((*[None] * (x.ndim - 2), *block), index)
 
     def kernel(where: Any, words: Any, others: Any, tensors: Any, *refs: Any) -> None:
         ids = [pl.program_id(axis) for axis in range(3)]
@@ -80,11 +80,10 @@ def launch(
             turns=inner if by_key else 1,
         )
 
-    lead = side.shape[:2]
     # Under a mesh all operands vary alike, and so do the outputs.
-    varying = jax.typeof(side).manual_axis_type
+    varying = jax.typeof(tensors.q).manual_axis_type
     shapes = [
-        jax.ShapeDtypeStruct((*lead, *x.block), x.dtype, manual_axis_type=varying)
+        jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
         for x in outputs
     ]
     specs = [spec(x, KEY if by_key else QUERY) for x in shapes]
@@ -114,30 +113,34 @@ def launch(
 
 
 def _index(
-    place: Any, kind: int, inner: int, sizes: tuple, tiling: Tiling, *args: Any
+    at: Place, shape: tuple[int, ...], side: int, inner: int, tiling: Tiling
 ) -> tuple[Any, ...]:
     """Which block of an array a grid step works on."""
-    *ids, where, words, others = args
-    at: Place = place(ids, where[1], words, others)
     zero = np.int32(0)  # a Python 0 would be 64 bits wide under jax_enable_x64
-    if kind == QUERY:
+    if side == QUERY:
         return at.outer * np.int32(inner) + at.inner, at.query, zero, zero
-    if kind == KEY:
+    if side == KEY and len(shape) == 4:
         return at.outer, at.key, zero, zero
-    head, row = (f(at.row, np.int32(tiling.rows)) for f in (lax.div, lax.rem))
-    batch, head = (f(head, np.int32(tiling.heads)) for f in (lax.div, lax.rem))
-    column = lax.rem(at.column, np.int32(tiling.columns))
-    # Full blocks all name one tile, so that none is fetched for them.
-    index = [
-        jnp.where(at.kind >= PARTIAL, x, zero)
-        for x in (
-            lax.rem(batch, np.int32(sizes[0])),
-            lax.rem(head, np.int32(sizes[1])),
-            row,
-            column,
+    if side == KEY:
+        block, column = _divided(at.column, tiling.columns)
+        parts, rests = zip(
+            _divided(at.outer, tiling.keys[0]),
+            _divided(block, tiling.keys[1]),
+            strict=True,
         )
-    ]
-    return *index, zero, zero
+        batch = parts[0] * np.int32(tiling.batches[1]) + parts[1]
+        return batch, column, rests[0] * np.int32(tiling.keys[1]) + rests[1]
+    block, row = _divided(at.row, tiling.rows)
+    batch, head = _divided(block, tiling.heads)
+    column = lax.rem(at.column, np.int32(tiling.columns))
+    batch, head = lax.rem(batch, np.int32(shape[0])), lax.rem(head, np.int32(shape[1]))
+    # Full blocks all name one tile, so that none is fetched for them.
+    tile = [jnp.where(at.kind >= PARTIAL, x, zero) for x in (batch, head, row, column)]
+    return *tile, zero, zero
+
+
+def _divided(n: Any, size: int) -> tuple[Any, Any]:
+    return lax.div(n, np.int32(size)), lax.rem(n, np.int32(size))
 
 
 def _walk(at: Place, body: Body, visible: Callable[..., Any], *, turns: int) -> None:

@@ -29,7 +29,10 @@ __all__ = ["mosaic_tpu"]
 
 PAIRS = 130_000  # that fit into the scalar memory of every generation
 PACKED = 512  # queries of a block, as far as heads are packed into it
-SUBLANES = 8  # blocks are padded to a multiple
+SUBLANES, LANES = 8, 128  # of a vector register; blocks are padded to whole sublanes
+
+_QUERY_SIDE = ("q", "do", "lse", "delta", "q_segments", "grants")
+_KEY_SIDE = ("k", "v", "kv_segments", "bias")
 
 
 def mosaic_tpu(
@@ -68,18 +71,16 @@ class _Limit(NamedTuple):
 class _Plan(NamedTuple):
     """How "b t h c" and "b s g c" become the kernels' parts and blocks."""
 
-    batches: tuple[int, int]  # that share lists, times those with lists of their own
     heads: tuple[int, int, int]  # sharing lists, with own lists, packed into a block
-    keys: tuple[int, int]  # key heads of different parts, and of one part
     height: int  # rows of a query block
-    depth: int  # rows of a key block
+    in_place: bool  # whether keys and values are read where they are
     tiling: Tiling
     rows: _Limit
     columns: _Limit
 
     def queries(self, x: Array, fill: float = 0.0) -> Array:
         """[b, t, h, c] to [o, r, q, c]."""
-        (apart, own), (outer, inner, packed) = self.batches, self.heads
+        (apart, own), (outer, inner, packed) = self.tiling.batches, self.heads
         rows, block_q = self.tiling.rows, self.tiling.block_q
         x = _pad(x, 1, rows * block_q, fill)
         x = x.reshape(apart, own, rows, block_q, outer, inner, packed, -1)
@@ -89,7 +90,7 @@ class _Plan(NamedTuple):
 
     def from_queries(self, x: Array, shape: tuple[int, ...]) -> Array:
         """[o, r, q, c] to [b, t, h, c]."""
-        (apart, own), (outer, inner, packed) = self.batches, self.heads
+        (apart, own), (outer, inner, packed) = self.tiling.batches, self.heads
         rows, block_q = self.tiling.rows, self.tiling.block_q
         x = x[:, :, : packed * block_q]
         x = x.reshape(apart, outer, own, inner, rows, packed, block_q, -1)
@@ -98,17 +99,17 @@ class _Plan(NamedTuple):
 
     def kv(self, x: Array) -> Array:
         """[b, s, g, c] to [o, r, k, c]."""
-        (apart, own), (outer, inner) = self.batches, self.keys
+        (apart, own), (outer, inner) = self.tiling.batches, self.tiling.keys
         columns, block_kv = self.tiling.columns, self.tiling.block_kv
         x = _pad(x, 1, columns * block_kv)
         x = x.reshape(apart, own, columns, block_kv, outer, inner, -1)
         x = x.transpose(0, 4, 1, 5, 2, 3, 6)
         x = x.reshape(apart * outer, own * inner * columns, block_kv, -1)
-        return _pad(x, 2, self.depth)
+        return _pad(x, 2, self.tiling.depth)
 
     def from_kv(self, x: Array, shape: tuple[int, ...]) -> Array:
         """[o, r, k, c] to [b, s, g, c]."""
-        (apart, own), (outer, inner) = self.batches, self.keys
+        (apart, own), (outer, inner) = self.tiling.batches, self.tiling.keys
         columns, block_kv = self.tiling.columns, self.tiling.block_kv
         x = x[:, :, :block_kv].reshape(apart, outer, own, inner, columns, block_kv, -1)
         x = x.transpose(0, 2, 4, 5, 1, 3, 6)
@@ -118,7 +119,7 @@ class _Plan(NamedTuple):
 def _plan(
     q: Array, k: Array, mask: BlockMask, scale: float, softcap: float | None
 ) -> _Plan:
-    (b, _, h, _), g, grid = q.shape, k.shape[2], mask.grid
+    (b, _, h, c), g, grid = q.shape, k.shape[2], mask.grid
     own, inner = mask.ids.shape[:2]
     packed = 1
     if mask.elements is not None:
@@ -132,23 +133,27 @@ def _plan(
     heads = (h // packed, 1, packed) if shared else (1, h, 1)
     keys = (g, 1) if shared else (1, g)
     tiling = Tiling(
+        batches=(b // own, own),
+        heads=inner,
+        keys=keys,
         rows=grid.rows,
         columns=grid.columns,
-        heads=inner,
         block_q=grid.block_q,
         block_kv=grid.block_kv,
+        depth=_round_up(grid.block_kv),
         kv_len=grid.kv_len,
         scale=scale,
         softcap=softcap,
         rules=mask.patterns,
     )
+    # Blocks of memory begin and end where its tiles do; 32 bytes by 128 lanes.
+    whole = grid.kv_len % grid.block_kv == 0
+    in_place = whole and grid.block_kv * k.dtype.itemsize % 32 == 0
     rows, columns = _limits(mask, own * inner, own * keys[1])
     return _Plan(
-        batches=(b // own, own),
         heads=heads,
-        keys=keys,
         height=_round_up(packed * grid.block_q),
-        depth=_round_up(grid.block_kv),
+        in_place=in_place and (c % LANES == 0 or g == 1),
         tiling=tiling,
         rows=rows,
         columns=columns,
@@ -201,13 +206,13 @@ def _check(q: Array, plan: _Plan) -> None:
 
 def _rows(mask: BlockMask, plan: _Plan) -> Rows:
     """The live key blocks of every query block, numbered as the kernels see them."""
-    own, inner = plan.batches[1], plan.tiling.heads
-    lead = own, inner, plan.tiling.rows
+    own, inner = plan.tiling.batches[1], plan.tiling.heads
+    lead, key_heads = (own, inner, plan.tiling.rows), plan.tiling.keys[1]
     ids, count = jnp.asarray(mask.ids), jnp.asarray(mask.count)
     kinds = ls.entry_kinds(mask.lists)
     batch = np.arange(own, dtype="int32")[:, None, None, None]
     head = np.arange(inner, dtype="int32")[None, :, None, None]
-    key_list = batch * plan.keys[1] + head // max(1, inner // plan.keys[1])
+    key_list = batch * key_heads + head * key_heads // inner
     rule = jnp.zeros(1, "int32") if mask.choice is None else jnp.asarray(mask.choice)
     partial = PARTIAL + rule[None, :, None, None]
     named = jnp.where(kinds == ls.FULL, FULL, jnp.where(kinds > 0, partial, EMPTY))
@@ -224,7 +229,7 @@ def _rows(mask: BlockMask, plan: _Plan) -> Rows:
 
 def _columns(rows: Rows, plan: _Plan) -> Rows:
     """The same pairs by key block, the full ones first."""
-    blocks = plan.batches[1] * plan.keys[1] * plan.tiling.columns
+    blocks = plan.tiling.batches[1] * plan.tiling.keys[1] * plan.tiling.columns
     width = len(rows.others) // len(rows.count)
     row = jnp.repeat(jnp.arange(len(rows.count), dtype="int32"), width)
     order = jnp.where(rows.kinds == EMPTY, blocks, rows.others) * 2
@@ -248,8 +253,8 @@ def _operands(q, k, v, bias, mask, segments, plan: _Plan) -> Tensors:
         keys = jnp.broadcast_to(segments.kv[..., None, None], (b, s, g, 1))
     return Tensors(
         q=plan.queries(q),
-        k=plan.kv(k),
-        v=plan.kv(v),
+        k=k.reshape(*k.shape[:2], -1) if plan.in_place else plan.kv(k),
+        v=v.reshape(*v.shape[:2], -1) if plan.in_place else plan.kv(v),
         q_segments=None if own is None else plan.queries(own).mT,
         kv_segments=None if keys is None else plan.kv(keys).mT,
         bias=None if bias is None else plan.kv(bias.mT[..., None]).mT,
@@ -280,7 +285,7 @@ def _elements(mask: BlockMask, plan: _Plan) -> Array | None:
     tiling, x = plan.tiling, jnp.asarray(mask.elements)
     sizes = tiling.rows, tiling.block_q, tiling.columns, tiling.block_kv
     x = x.reshape(*x.shape[:2], *sizes).transpose(0, 1, 2, 4, 5, 3)
-    return _pad(_pad(x.astype("int8"), 4, plan.depth), 5, plan.height)
+    return _pad(_pad(x.astype("int8"), 4, plan.tiling.depth), 5, plan.height)
 
 
 def _run(kernel, rows: Rows, tensors: Tensors, mask, plan: _Plan, *, by_key=False):
@@ -297,19 +302,18 @@ def _run(kernel, rows: Rows, tensors: Tensors, mask, plan: _Plan, *, by_key=Fals
 
         some = rows._replace(start=cut(rows.start, 0), count=cut(rows.count, 0))
         pairs = pair_list(some, capacity)
-        names = ("k", "v", "kv_segments", "bias") if by_key else _QUERY_SIDE
+        names = _KEY_SIDE[2 * plan.in_place :] if by_key else _QUERY_SIDE
         own = {name: cut(getattr(tensors, name), 1) for name in names}
         where = jnp.stack([offset, part * size])
         inputs = _alike((pairs, where, tensors._replace(**own)), rows, tensors, mask)
+        if by_key:
+            return kernel(*inputs, plan.tiling, blocks=size)
         return kernel(*inputs, plan.tiling)
 
     if parts == 1:
         return call(jnp.int32(0))
     outputs = jax.lax.map(call, jnp.arange(parts, dtype="int32"))
     return [x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in outputs]
-
-
-_QUERY_SIDE = ("q", "do", "lse", "delta", "q_segments", "grants")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))

@@ -1,4 +1,4 @@
-"""The TPU kernels in JAX's simulator equal attention by definition, and do no more."""
+"""The TPU kernels, evaluated on a CPU, equal attention by definition and do no more."""
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels.tpu import interpreted
 from sparsejax.attention import (
+    Attended,
     BlockMask,
     Segments,
     block_sparse_attention,
@@ -19,7 +20,7 @@ from sparsejax.attention import (
     sliding_window,
     strided,
 )
-from tests.attention.test_operation import arrays, both, packed
+from tests.attention.test_operation import arrays, both, packed, weigh
 
 SIZES = {"q_len": 22, "kv_len": 29, "block_q": 8, "block_kv": 8}
 # As for the other implementations: logits and gradients are sums of hundreds of terms.
@@ -46,6 +47,12 @@ def chosen(*lead, width):
     return ids, random.integers(0, width + 1, lead).astype("int32")
 
 
+def spoiled(mask):
+    """The same mask; what its tables hold past the counts must never be read."""
+    past = np.arange(mask.ids.shape[-1]) >= np.asarray(mask.count)[..., None]
+    return mask.replace(ids=np.where(past, 2**30, mask.ids).astype("int32"))
+
+
 MASKS = {
     "causal": lambda: BlockMask.from_pattern(causal(), **SIZES, q_offset=7),
     "window": lambda: BlockMask.from_pattern(sliding_window(6), **SIZES),
@@ -55,8 +62,10 @@ MASKS = {
     "dense": from_dense,
     "dense_heads": lambda: from_dense(4),
     "dense_batch": lambda: from_dense(2, 1),
-    "blocks": lambda: BlockMask.from_blocks(
-        *chosen(2, 4, 3, width=3), **SIZES, pattern=causal(), q_offset=7
+    "blocks": lambda: spoiled(
+        BlockMask.from_blocks(
+            *chosen(2, 4, 3, width=3), **SIZES, pattern=causal(), q_offset=7
+        )
     ),
     "uneven": lambda: BlockMask.from_pattern(
         causal(), **SIZES | {"block_q": 12, "block_kv": 15}, q_offset=7
@@ -100,13 +109,12 @@ def test_the_kernels_equal_the_reference_with_all_extras(name, key):
     assert_equal_trees(run(q, k, v, MASKS[name](), **extras), expected)
 
 
-@pytest.mark.parametrize(("h", "g"), [(4, 4), (4, 1), (6, 3)])
-def test_grouped_heads_read_their_own_keys(h, g, key):
+@pytest.mark.parametrize(("h", "g", "patterns"), [(4, 1, 1), (6, 3, 6), (2, 2, 1)])
+def test_grouped_heads_read_their_own_keys(h, g, patterns, key):
     q, k, v = arrays(key, h=h, g=g)
-    for pattern in (causal(), (causal(),) * h):
-        mask = BlockMask.from_pattern(pattern, **SIZES)
-        expected = both(q, k, v, mask, implementation="reference")
-        assert_equal_trees(run(q, k, v, mask), expected)
+    mask = BlockMask.from_pattern((causal(),) * patterns, **SIZES)
+    expected = both(q, k, v, mask, implementation="reference")
+    assert_equal_trees(run(q, k, v, mask), expected)
 
 
 def test_heads_that_do_not_fit_into_one_block_are_walked_in_turn(key, monkeypatch):
@@ -114,6 +122,17 @@ def test_heads_that_do_not_fit_into_one_block_are_walked_in_turn(key, monkeypatc
     mask = MASKS["causal"]()
     expected = both(q, k, v, mask, implementation="reference")
     monkeypatch.setattr(mosaic_tpu, "PACKED", 16)  # two of the four heads of a group
+    assert_equal_trees(run(q, k, v, mask), expected)
+
+
+@pytest.mark.parametrize(("g", "c", "lists"), [(1, 8, (2, 4)), (2, 128, (1, 1))])
+def test_whole_blocks_of_keys_are_read_where_they_are(g, c, lists, key):
+    q, k, v = arrays(key, s=32, g=g, c=c)
+    ids, count = chosen(*lists, 3, width=3)
+    mask = BlockMask.from_blocks(
+        ids, count, **SIZES | {"kv_len": 32}, pattern=causal(), q_offset=10
+    )
+    expected = both(q, k, v, mask, implementation="reference")
     assert_equal_trees(run(q, k, v, mask), expected)
 
 
@@ -127,30 +146,20 @@ def test_long_lists_are_walked_in_several_calls(name, key, monkeypatch):
     assert_equal_trees(run(q, k, v, mask), expected)
 
 
-def test_rows_that_see_nothing_give_zero_and_receive_no_gradient(key):
-    q, k, v = arrays(key)
-    attended, gradients = run(q, k, v, MASKS["dense"]())
-    assert (attended.values[:, DEAD] == 0).all()
-    assert (attended.lse[:, :, DEAD] == -np.inf).all()
-    assert (gradients[0][:, DEAD] == 0).all()
-    assert all((x[:, 16:24] == 0).all() for x in gradients[1:3])
-
-
-def test_dead_blocks_are_never_read(key):
+def test_dead_blocks_are_never_read_and_give_zero(key):
     q, k, v = arrays(key)
     mask = MASKS["dense"]()
-    poison = jnp.zeros((1, 29, 1, 1)).at[:, 16:24].set(jnp.nan)
-    dead = jnp.zeros((1, 22, 1, 1)).at[:, 16:22].set(jnp.nan)
-    clean = run(q, k, v, mask)
-    assert_equal_trees(run(q + dead, k + poison, v + poison, mask), clean)
-
-
-def test_ids_past_the_count_are_never_read(key):
-    q, k, v = arrays(key)
-    mask = MASKS["blocks"]()
-    past = np.arange(mask.ids.shape[-1]) >= np.asarray(mask.count)[..., None]
-    spoiled = mask.replace(ids=np.where(past, 2**30, mask.ids).astype("int32"))
-    assert_equal_trees(run(q, k, v, spoiled), run(q, k, v, mask))
+    expected = both(q, k, v, mask, implementation="reference")
+    keys = jnp.zeros((1, 29, 1, 1)).at[:, 16:24].set(jnp.nan)
+    queries = jnp.zeros((1, 22, 1, 1)).at[:, 16:22].set(jnp.nan)
+    found = run(q + queries, k + keys, v + keys, mask)
+    assert_equal_trees(found, expected)
+    attended, (dq, dk, dv, _) = found
+    assert (attended.values[:, DEAD] == 0).all()
+    assert (attended.lse[:, :, DEAD] == -np.inf).all()
+    assert (dq[:, DEAD] == 0).all()
+    assert (dk[:, 16:24] == 0).all()
+    assert (dv[:, 16:24] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["causal", "heads"])
@@ -190,44 +199,35 @@ def test_a_few_queries_read_a_long_cache(t, h, key):
     assert decode._cache_size() == 1
 
 
-def steps_of(mask, key, *, h=4, gradient=False):
-    """How many grid steps the simulator takes."""
-    taken = []
+def test_steps_are_the_live_blocks_and_one_for_each_empty_row(key):
+    live = np.zeros((1, 1, 8, 8), bool)
+    live[..., 0, :] = True  # one dense row, and one dense column
+    live[..., :6, 2] = True
+    mask = BlockMask.from_dense(live.repeat(8, 2).repeat(8, 3), block_q=8, block_kv=8)
+    mask = mask.replace(elements=None)
+    q, k, v = arrays(key, b=1, t=64, s=64, h=4, g=2)
+    steps = []
 
-    def record(token, point, core):
-        taken.append(tuple(map(int, point)))
+    def record(token, point, _):
+        steps.append(point)
         return token
-
-    t, s = mask.q_len, mask.kv_len
-    q, k, v = arrays(key, t=t, s=s, h=h)
 
     def loss(q, k, v):
         values = block_sparse_attention(q, k, v, mask, implementation="mosaic_tpu")
         return values.sum()
 
-    with interpreted(grid_point_recorder=record):
-        run = jax.grad(loss, (0, 1, 2)) if gradient else loss
-        jax.block_until_ready(jax.jit(run)(q, k, v))
-    return len(taken)
-
-
-def test_steps_are_the_live_blocks_and_one_for_each_empty_row(key):
-    live = np.zeros((8, 8), bool)
-    live[0] = True  # one dense row, and one dense column
-    live[:6, 2] = True
-    mask = BlockMask.from_dense(live.repeat(8, 0).repeat(8, 1), block_q=8, block_kv=8)
-    mask = mask.replace(elements=None)
-    lists = 2 * 2  # batch elements and key heads share the list in turn
-    assert steps_of(mask, key) == lists * (13 + 2)
-    # Forward and dQ by query blocks, dK and dV by key blocks, none of which is empty.
-    assert steps_of(mask, key, gradient=True) == lists * (2 * (13 + 2) + 13)
+    with interpreted(simulated=True, grid_point_recorder=record):
+        jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v))
+    # Forward and dQ by query blocks, two of them empty; dK and dV by key blocks. Two
+    # key heads walk the list in turn, their query heads packed into one block.
+    assert len(steps) == 2 * (2 * (13 + 2) + 13)
 
 
 def test_the_kernels_have_no_races(key):
     q, k, v = arrays(key, b=1, h=2, g=1)
-    mask = MASKS["causal"]()
+    mask = MASKS["window"]()
     expected = both(q, k, v, mask, implementation="reference")
-    with interpreted(detect_races=True):
+    with interpreted(simulated=True, detect_races=True):
         found = jax.block_until_ready(both(q, k, v, mask, implementation="mosaic_tpu"))
     assert_equal_trees(found, expected)
 
@@ -246,33 +246,49 @@ def test_mapping_over_examples_equals_a_batch(key):
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
+def on_a_mesh(mask, *, check_vma):
+    """Values and log-denominators, batch and heads cut over four devices."""
+    mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
+    cut, rows = PartitionSpec("b", None, "h"), PartitionSpec("b", "h")
+
+    def local(q, k, v):
+        return block_sparse_attention_and_lse(
+            q, k, v, mask, implementation="mosaic_tpu"
+        )
+
+    return jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=cut,
+        out_specs=Attended(cut, rows),
+        check_vma=check_vma,
+    )
+
+
+# JAX's evaluation of kernels does not know which values vary over a mesh.
 def test_a_mesh_gives_the_gradients_of_one_device(key):
     q, k, v = arrays(key)
     mask = MASKS["causal"]()
     expected = both(q, k, v, mask, implementation="reference")[1][:3]
-    mesh = jax.make_mesh((2, 2), ("b", "h"), axis_types=(AxisType.Auto,) * 2)
-    cut = PartitionSpec("b", None, "h")
-
-    def local(q, k, v):
-        attended = block_sparse_attention_and_lse(
-            q, k, v, mask, implementation="mosaic_tpu"
-        )
-        return attended.values, attended.lse
-
-    # The cosine of ``weigh`` depends on the place in the whole array.
-    wave = jnp.cos(jnp.arange(q.size, dtype="float32")).reshape(q.shape)
+    attend = on_a_mesh(mask, check_vma=False)
 
     def loss(q, k, v):
-        out = cut, PartitionSpec("b", "h")
-        attend = jax.shard_map(
-            local, mesh=mesh, in_specs=cut, out_specs=out, check_vma=True
-        )
-        values, lse = attend(q, k, v)
-        return (values * wave).sum() + jnp.sin(lse).sum()
+        return weigh(attend(q, k, v))
 
     with interpreted():
         found = jax.block_until_ready(jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v))
     assert_equal_trees(found, expected)
+
+
+def test_what_varies_over_a_mesh_is_declared():
+    attend = on_a_mesh(MASKS["causal"](), check_vma=True)
+
+    def loss(q, k, v):
+        return weigh(attend(q, k, v))
+
+    with interpreted():
+        slopes = jax.eval_shape(jax.grad(loss, (0, 1, 2)), Q, K, K)
+    assert [x.shape for x in slopes] == [Q.shape, K.shape, K.shape]
 
 
 Q, K = jnp.zeros((2, 22, 4, 8)), jnp.zeros((2, 29, 2, 8))
