@@ -5,7 +5,7 @@ import sys
 
 from sparsejax.config import near
 
-BENCHES = ("comparison", "train")
+BENCHES = ("attention", "comparison", "train")
 
 
 def main(argv: list[str]) -> int:
