@@ -1,8 +1,9 @@
 """Backward passes: each walks its own lists, so that nothing is added atomically.
 
-With weights ``P = exp2(logits - lse)`` and ``delta = rowsum(dO * O) - dlse``, the
-gradient of the logits is ``D = P * (dO V^T - delta)``, that of the products
-``S = D * scale * slope``; then ``dQ = S K``, ``dK = S^T Q`` and ``dV = P^T dO``.
+With weights ``P = exp2(logits - lse)``, ``delta = rowsum(dO * O) - dlse`` and the slope
+of the softcap, the gradient of the logits is ``P * (dO V^T - delta)``, and that of the
+products ``S = scale * slope * P * (dO V^T - delta)``; then ``dQ = S K``, ``dK = S^T Q``
+and ``dV = P^T dO``.
 Queries that see nothing come with ``lse = +inf``, which makes their weights 0.
 """
 
@@ -75,9 +76,10 @@ def query_gradient(
                     at = program.start, piece.start
                     seen = rule.visible(piece, *at, s.shape, queries=0)
                     p = jnp.where(seen, p, 0.0)
+                weights = p if tanh is None else p * (1.0 - tanh * tanh)
                 with piece.fed("v") as (v,):
-                    d = p * (product(do, transposed(v)) - spread(delta, s.shape, 0))
-                put(slopes, d if tanh is None else d * (1.0 - tanh * tanh))
+                    gap = product(do, transposed(v)) - spread(delta, s.shape, 0)
+                put(slopes, weights * gap)
                 accumulate(acc, slopes, k)
                 finish()
 
@@ -134,15 +136,18 @@ def key_gradients(
                     at = piece.start, program.start
                     seen = rule.visible(piece, *at, s.shape, queries=1)
                     p = jnp.where(seen, p, 0.0)
+                # The slope joins the weights at once: tanh, too, takes registers.
+                weights = p if tanh is None else p * (1.0 - tanh * tanh)
                 put(work, p)
                 with piece.fed("do", "delta") as (do, delta):
                     accumulate(dv, work, do)
                     dp = product(v, transposed(do))
-                    d = p * (dp - laid(delta, s.shape, 1))
-                    put(work, d if tanh is None else d * (1.0 - tanh * tanh))
+                    gap = dp - laid(delta, s.shape, 1)
+                    dbias = dbias + (p * gap).sum(axis=1) if added else None
+                    put(work, weights * gap)
                 accumulate(dk, work, q)
                 finish()
-            return dbias + d.sum(axis=1) if added else None
+            return dbias
 
         def run(dk: Any, dv: Any) -> tuple[Any, Any, Any]:
             none = constant(0.0, (ROWS,), PER_ROW) if added else None
@@ -154,14 +159,13 @@ def key_gradients(
         more = [("dbias", program.own(x), dbias) for x in added]
         program.store(("dk", k, dk * score.scale), ("dv", v, dv), *more)
 
-    outputs = dict.fromkeys(("dk", "dv"), jax.ShapeDtypeStruct((b, s_len, g, c), dtype))
-    if added:
-        outputs["dbias"] = jax.ShapeDtypeStruct((b, g, s_len), jnp.float32)
+    gradient = jax.ShapeDtypeStruct((b, s_len, g, c), dtype)
+    row = jax.ShapeDtypeStruct((b, g, s_len), jnp.float32)
     traffic = Traffic(
         arrays=arrays,
         own=("k", "v", *added),
         streams=(("q", "lse"), ("do", "delta")),
-        outputs=outputs,
+        outputs={"dk": gradient, "dv": gradient} | {"d" + n: row for n in added},
         work={"work": ((plan.step,), dtype)},
     )
     grid = s_len // plan.own, b, g

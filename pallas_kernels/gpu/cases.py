@@ -37,7 +37,7 @@ class Case:
     softcap: float | None = None
     extras: bool = False  # bias, elements, segments, grants and two patterns by head
     dtype: str = "bfloat16"
-    spills: tuple[int, int, int] = (0, 0, 0)
+    spills: tuple[int, int, int] = (0, 0, 136)
 
 
 CASES = {
@@ -50,7 +50,9 @@ CASES = {
     "float16": Case(dtype="float16", width=64),
     "width_32": Case(width=32),
     "width_96": Case(width=96),
-    "extras": Case(extras=True, softcap=30.0, length=2048, key_heads=4),
+    "extras": Case(
+        extras=True, softcap=30.0, length=2048, key_heads=4, spills=(704, 136, 656)
+    ),
 }
 
 

@@ -121,8 +121,8 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tiny", action="store_true")
     tiny = parser.parse_args(args).tiny
-    small = {"length": 128, "heads": 2, "key_heads": 1, "width": 32, "block_q": 64}
-    cases = {"tiny": Case(**small, block_kv=64)} if tiny else CASES
+    small = Case(length=128, heads=2, key_heads=1, width=32, block_q=64, block_kv=64)
+    cases = {"tiny": small} if tiny else CASES
     wrong = []
     for name, case in cases.items():
         short = dataclasses.replace(case, length=min(case.length, 2048))

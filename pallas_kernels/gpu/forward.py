@@ -70,10 +70,11 @@ def forward(
             shift = jnp.where(higher == -jnp.inf, 0.0, higher * score.unit)
             p = jnp.exp2(x * score.unit - spread(shift, x.shape, 0))
             kept = jnp.exp2(top * score.unit - shift)
+            total = total * kept + p.sum(axis=1)
             put(weights, p)
             with piece.fed("v") as (v,):
                 out = out * spread(kept, out.shape, 0) + product(weights, v)
-            return out, higher, total * kept + p.sum(axis=1)
+            return out, higher, total
 
         none = constant(0.0, (ROWS,), PER_ROW)
         start = constant(0.0, (ROWS, c)), constant(-jnp.inf, (ROWS,), PER_ROW), none

@@ -14,11 +14,12 @@ _ON: ContextVar[bool] = ContextVar("interpreted", default=False)
 
 
 @contextmanager
-def interpreted(**options: Any) -> Iterator[None]:
+def interpreted(*, detect_races: bool = True, **options: Any) -> Iterator[None]:
     """Run kernels traced in here on the CPU, slowly, and watch their memory traffic.
 
     Args:
-        options: of ``plgpu.InterpretGPUParams``; races are detected by default.
+        detect_races: whether to raise on a data race.
+        options: others of ``plgpu.InterpretGPUParams``.
 
     Raises:
         ValueError: if this JAX has no such interpreter.
@@ -27,7 +28,7 @@ def interpreted(**options: Any) -> Iterator[None]:
         raise ValueError(
             f"JAX {jax.__version__} cannot interpret GPU kernels: use 0.12"
         )
-    params = plgpu.InterpretGPUParams(**{"detect_races": True} | options)
+    params = plgpu.InterpretGPUParams(detect_races=detect_races, **options)
     token = _ON.set(True)
     try:
         with plgpu.force_gpu_interpret_mode(params):

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gpu.tiles import ROWS, put, tile
+from pallas_kernels.gpu.tiles import ROWS, put, swizzle, tile
 
 __all__ = ["Lists", "Piece", "Plan", "Program", "Traffic", "launch"]
 
@@ -209,8 +209,11 @@ def _scratch(plan: Plan, traffic: Traffic) -> tuple[Plan, dict[str, Any]]:
             f" {groups * size[0] + max(slots, 2) * size[1]} bytes of shared memory,"
             f" there are {SMEM_BYTES}: use smaller tiles or fewer slots"
         )
-    tiles = {n: tile((groups, *s), d) for n, (s, d) in fixed.items()}
-    tiles |= {n: tile((slots, *s), d) for n, (s, d) in fed.items()}
+    matrices = [x for x in (fixed | fed).values() if len(x[0]) == 2]
+    # The operands of a wgmma must be swizzled alike.
+    width = min(swizzle(shape[1], dtype) for shape, dtype in matrices)
+    tiles = {n: tile((groups, *s), d, width) for n, (s, d) in fixed.items()}
+    tiles |= {n: tile((slots, *s), d, width) for n, (s, d) in fed.items()}
     tiles["own"] = plgpu.Barrier(num_arrivals=len(traffic.own), num_barriers=groups)
     for names in traffic.streams:
         tiles["ready_" + names[0]] = plgpu.Barrier(

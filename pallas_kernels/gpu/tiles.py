@@ -26,6 +26,7 @@ __all__ = [
     "product",
     "put",
     "spread",
+    "swizzle",
     "tile",
     "transposed",
 ]
@@ -96,18 +97,24 @@ def laid(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     return spread(plgpu.load(ref, layout=MATRIX.reduce(1 - axis)), shape, axis)
 
 
-def swizzle(columns: int, dtype: Any) -> int | None:
-    """Bytes of the widest swizzle whose tiles cut ``columns`` evenly."""
-    width = columns * jnp.dtype(dtype).itemsize
-    return next((b for b in (128, 64, 32) if width % b == 0), None)
+def swizzle(columns: int, dtype: Any) -> int:
+    """Bytes of the widest swizzle whose tiles cut rows of ``columns`` evenly.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    size = columns * jnp.dtype(dtype).itemsize
+    width = next((b for b in (128, 64, 32) if size % b == 0), None)
+    if width is None:
+        raise ValueError(f"rows of {columns}: pad them to a multiple of 16")
+    return width
 
 
-def tile(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory: matrices swizzled for wgmma, vectors plain."""
+def tile(shape: tuple[int, ...], dtype: Any, width: int) -> Any:
+    """Shared memory: matrices swizzled by ``width`` bytes for wgmma, vectors plain."""
     if len(shape) == 2:
         return plgpu.SMEM(shape, dtype)
-    width = swizzle(shape[-1], dtype)
-    if width is None:
-        raise ValueError(f"tile {shape}: pad the last axis to a multiple of 16")
-    tiling = plgpu.TilingTransform((8, width // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(width)))
+    shapes: Any = plgpu  # whose types are abstract, says pyright
+    tiling = shapes.TilingTransform((8, width // jnp.dtype(dtype).itemsize))
+    transforms = tiling, shapes.SwizzleTransform(width)
+    return plgpu.SMEM(shape, dtype, transforms=transforms)

@@ -284,7 +284,6 @@ Q, K = jnp.zeros((1, 96, 2, 32), "float16"), jnp.zeros((1, 96, 1, 32), "float16"
 FINE = pattern_mask(causal(), 96, 96, 64, 64)
 
 
-@interpreted
 @pytest.mark.parametrize(
     ("change", "words"),
     [
