@@ -49,7 +49,9 @@ def toy_size(values):
     """The same structure, small: every size shrinks, every choice stays."""
     block = values["model"]["attention"]["block_q"] = 8
     values["model"]["attention"]["block_kv"] = block
-    values["data"] |= {"seq_len": 2 * block, "batch_size": 4}
+    values["data"] |= {"seq_len": 4 * block, "batch_size": 4}
+    if selection := values["model"]["attention"].get("selection"):
+        selection["top"] = min(selection["top"], 3)
     model = values["model"]
     groups = model["heads"] // model["kv_heads"]
     model |= {"width": 8 * groups, "heads": groups, "kv_heads": 1}

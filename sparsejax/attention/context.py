@@ -42,6 +42,11 @@ class Place(NamedTuple):
     q_offset: Any = 0  # absolute position of the first query
     segments: Segments | None = None
     cached: bool = False  # keys may be fewer than a budget
+    tensor: str | None = None  # mesh axis over which heads are cut
+
+    def over_heads(self, x: Array) -> Array:
+        """Add up what each device summed over its own heads."""
+        return x if self.tensor is None else jax.lax.psum(x, self.tensor)
 
     def positions(self, tokens: int) -> Int[Array, " t"]:
         """Absolute positions of the queries."""
@@ -87,7 +92,7 @@ class Context(NamedTuple):
             axes: axes strings of the arrays, or trees of them.
             outputs: axes strings of what is returned, likewise.
         """
-        parts = parts_of_context()
+        parts, tensor = parts_of_context(), axis("tensor")
         known = isinstance(self.q_offset, int) and parts == 1  # then lists are narrow
 
         def run(q_offset: Any, segments: Any, *arrays: Any) -> Any:
@@ -95,7 +100,8 @@ class Context(NamedTuple):
                 q_offset = q_offset + jax.lax.axis_index("context") * arrays[0].shape[1]
             segments = None if segments is None else Segments(*segments)
             q_offset = self.q_offset if known else q_offset
-            return function(Place(q_offset, segments, self.cached), *arrays)
+            place = Place(q_offset, segments, self.cached, tensor)
+            return function(place, *arrays)
 
         numbers = None if self.segments is None else tuple(self.segments)
         inputs = "", (None if numbers is None else ("b t", "b s")), *axes

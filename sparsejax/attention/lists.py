@@ -77,6 +77,22 @@ def ordered(kinds: Any, ids: Any = None) -> Lists:
     return lists if xp is jnp else lists._replace(ids=_narrow(order, count))
 
 
+def of_blocks(
+    ids: Any, count: Any, grid: Grid, pattern: Pattern | None, q_offset: Any
+) -> Lists:
+    """Lists of chosen blocks, without those in which ``pattern`` allows nothing."""
+    if pattern is None and grid.kv_len % grid.block_kv == 0:
+        return Lists(jnp.asarray(ids, "int32"), *(jnp.asarray(count, "int32"),) * 2)
+    live = entry_kinds(Lists(ids, count, np.zeros(count.shape, "int32"))) > EMPTY
+    safe = jnp.where(live, jnp.asarray(ids, "int32"), 0)
+    if pattern is None:
+        whole = (safe + 1) * grid.block_kv <= grid.kv_len
+        return ordered(as_kinds(Cover(live, whole)), safe)
+    row = jnp.arange(grid.rows, dtype="int32")[None, None, :, None]
+    kinds = grid.kinds(pattern, row, safe, q_offset)
+    return ordered(jnp.where(live, kinds, jnp.int8(EMPTY)), safe)
+
+
 def of_pattern(pattern: Pattern, grid: Grid, q_offset: int) -> Lists:
     """Lists of a static pattern, from column intervals and some rows at a time."""
     rows = np.arange(grid.rows)

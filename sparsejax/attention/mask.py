@@ -133,18 +133,8 @@ class BlockMask:
         """
         grid = _grid(q_len, kv_len, block_q, block_kv)
         ls.check_blocks(ids, count, grid)
-        given = ls.Lists(ids, count, np.zeros(count.shape, "int32"))
-        live = ls.entry_kinds(given) > ls.EMPTY
-        safe = jnp.where(live, jnp.asarray(ids, "int32"), 0)
-        row = jnp.arange(grid.rows, dtype="int32")[None, None, :, None]
-        if pattern is None:
-            whole = (safe + 1) * block_kv <= kv_len
-            kinds = ls.as_kinds(ls.Cover(live, whole))
-        else:
-            kinds = grid.kinds(pattern, row, safe, q_offset)
-            kinds = jnp.where(live, kinds, jnp.int8(ls.EMPTY))
         return cls(
-            **ls.ordered(kinds, safe)._asdict(),
+            **ls.of_blocks(ids, count, grid, pattern, q_offset)._asdict(),
             q_offset=_offset(q_offset),
             patterns=() if pattern is None else (pattern,),
             **grid._asdict(),

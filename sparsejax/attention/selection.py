@@ -22,6 +22,7 @@ __all__ = [
     "choose",
     "in_chunks",
     "products",
+    "region_means",
     "same_document",
     "visible_keys",
 ]
@@ -50,6 +51,13 @@ def block_means(
     mine = (numbers == numbers[:, :, -1:]).astype("float32")
     total = (cut * mine[..., None, None]).sum(axis=2)
     return total / mine.sum(axis=2)[..., None, None]
+
+
+def region_means(x: Float[Array, "b t h c"], block: int) -> Float[Array, "b i h c"]:
+    """Mean of each block's real vectors, in float32."""
+    cut = blocks_of(x.astype("float32"), block)
+    there = blocks_of(jnp.ones((1, x.shape[1], 1, 1)), block).sum(axis=2)
+    return cut.sum(axis=2) / there
 
 
 def same_document(place: Place, block: int) -> Bool[Array, "_ 1 t j"]:

@@ -69,20 +69,22 @@ def path(mask: BlockMask) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _attend(q, k, v, bias, where, score) -> Attended:
-    forward, _ = path(where[0])
-    return forward(Inputs(q, k, v, bias, *where, score))
+    mask, segments = where
+    forward, _ = path(mask)
+    return forward(Inputs(q, k, v, bias, mask, segments, score))
 
 
 def _attend_forward(q, k, v, bias, where, score):
-    forward, _ = path(where[0])
-    attended = forward(Inputs(q, k, v, bias, *where, score))
-    return attended, (q, k, v, bias, where, attended)
+    mask, segments = where
+    inputs = Inputs(q, k, v, bias, mask, segments, score)
+    attended = path(mask)[0](inputs)
+    return attended, (inputs[:-1], attended)
 
 
 def _attend_backward(score, saved, cotangent: Attended):
-    *arrays, where, attended = saved
-    _, backward = path(where[0])
-    inputs = Inputs(*arrays, *where, score)
+    arrays, attended = saved
+    inputs = Inputs(*arrays, score)
+    _, backward = path(inputs.mask)
     return (*gradients(inputs, *backward(inputs, attended, cotangent)), None)
 
 

@@ -87,7 +87,7 @@ def live_pairs(mask: BlockMask) -> int:
 def _work(config: ModelConfig, spec: LayerSpec, length: int) -> Work:
     """Count the pairs that meet in a layer, and what choosing them costs."""
     attention = spec.attention
-    if attention.options is None:
+    if attention.selector is None:
         return Work(live_pairs(_mask(spec, length)), 0.0)
     width = attention.head_width or config.width // config.heads
     sizes = Sizes(config.width, config.heads, config.kv_heads, width)

@@ -20,6 +20,8 @@ INDEXER = {"heads": 3, "width": 6, "rotated": 4}
 BRANCHES = {"first": 1, "near": 1, "length": 4, "stride": 2, "window": 6}
 ROUTED = INDEXER | {"routed": 2, "block": BLOCK}
 SOME = {
+    "biformer": {"top": 2},
+    "llsa": {"block": 2, "top": 3, "levels": 2},
     "dma": {"top": 7},
     "misa": ROUTED | {"top": 7},
     "persistent_memory": {"slots": 3},
@@ -28,6 +30,8 @@ SOME = {
     "nsa": BRANCHES | {"top": 3},
 }
 ALL = {
+    "biformer": {"top": 6},
+    "llsa": {"block": 2, "top": 12, "levels": 1, "enriched": False},
     "dma": {"top": T},
     "misa": ROUTED | {"top": T},
     "persistent_memory": {"slots": 1},
@@ -36,6 +40,8 @@ ALL = {
     "nsa": BRANCHES | {"top": 6},
 }
 ONE = {
+    "biformer": {"top": 1},
+    "llsa": {"block": 2, "top": 1, "levels": 1},
     "dma": {"top": 1},
     "misa": ROUTED | {"top": 1},
     "persistent_memory": {"slots": 1},
@@ -54,8 +60,14 @@ def gated(model, *gates):
     return model
 
 
+def unconvolved(model):
+    """The model without the convolution over values."""
+    model.mixer.taps[...] = jnp.zeros_like(model.mixer.taps[...])
+    return model
+
+
 # What has to be set, besides the budget, for a method to be dense attention.
-DENSE = {"nsa": lambda model: gated(model, 0, 1, 0)}
+DENSE = {"nsa": lambda model: gated(model, 0, 1, 0), "biformer": unconvolved}
 CAUSAL = sorted(name for name, method in METHODS.items() if method.causal)
 
 
@@ -132,12 +144,17 @@ def call_misa(q, k, *, top=6, routed=1, candidates=None, **changes):
     return SELECTORS["misa"](q, k, weights=weights, options=options, **changes)
 
 
+def call_biformer(q, k, *, top=2, **changes):
+    return SELECTORS["biformer"](q, k, block_kv=BLOCK, top=top, **changes)
+
+
 def call_dma(q, k, *, top=6, **changes):
     bias = k.sum(-1).mT
     return SELECTORS["dma"](q, k, bias=bias, top=top, **changes)
 
 
 CALLS = {
+    "biformer": call_biformer,
     "dma": call_dma,
     "misa": call_misa,
     "dsa": call_dsa,

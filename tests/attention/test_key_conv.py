@@ -1,5 +1,7 @@
 """The convolution over keys: causal, by channel, the same in a cache."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,7 +48,7 @@ def test_a_key_convolution_is_the_same_in_a_cache(steps, key):
     model, x = convolved("moba"), jax.random.normal(key, (2, T, WIDTH))
     cache = empty_cache(model.config, SIZES, 2, T, dtype="float32")
     parts, bounds = [], [0, *steps, T]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         where = positions(2)[:, start:stop]
         out, cache = run(model, x[:, start:stop], where, None, cache)
         parts.append(out.value)

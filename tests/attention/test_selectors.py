@@ -107,7 +107,8 @@ def test_a_cache_shorter_than_the_budget_serves(name, key):
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_every_query_reads_something(name, key):
     x = jax.random.normal(key, (1, T, WIDTH))
-    for inputs in (x, 0 * x, x[:, :1]):
+    short = x[:, :1] if METHODS[name].causal else x[:, :4]
+    for inputs in (x, 0 * x, short):
         model = layer(name) if inputs.shape[1] == T else layer(name, ONE[name])
         model = with_weights_of(model, layer(None))
         assert jnp.isfinite(value(model, inputs)).all()
@@ -221,7 +222,8 @@ def test_the_error_is_the_dropped_mass_times_the_distance_of_the_means(name, key
     assert dropped.max() > 0.1
 
 
-@pytest.mark.parametrize("name", sorted(CALLS))
+# The heads of MISA's indexer are not alike: with no block behind, the first ones score.
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"misa"}))
 def test_permuting_head_groups_permutes_the_mask(name, key):
     q, k, _ = arrays(key)
     mask = selected(name, q, k).to_dense()
@@ -277,3 +279,12 @@ def test_a_config_names_what_is_wrong(change, words):
 
 def test_options_have_the_defaults_of_their_papers():
     assert AttentionConfig(selector="moba").options.top == 3
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - set(CAUSAL)))
+def test_a_causal_model_refuses_methods_that_read_the_future(name):
+    with pytest.raises(FieldError, match=f"selector='{name}': reads the future"):
+        config(name, causal=True)
+    numbers = jnp.ones((1, T), "int32")
+    with pytest.raises(ValueError, match="do not pack several"):
+        value(layer(name), jnp.zeros((1, T, WIDTH)), segments=numbers)

@@ -13,8 +13,14 @@ import functools
 from collections.abc import Callable
 
 from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.selectors.biformer import (
+    BiFormer,
+    BiFormerOptions,
+    biformer,
+)
 from sparsejax.attention.selectors.dma import DMA, DMAOptions, dma
 from sparsejax.attention.selectors.dsa import DSA, DSAOptions, dsa, dsa_select
+from sparsejax.attention.selectors.llsa import LLSA, LLSAOptions
 from sparsejax.attention.selectors.misa import MISAOptions, misa
 from sparsejax.attention.selectors.moba import MoBAOptions, moba
 from sparsejax.attention.selectors.nsa import NSA, NSAOptions, nsa
@@ -33,6 +39,7 @@ from sparsejax.attention.selectors.plain import (
 __all__ = ["METHODS", "SELECTORS", "Method", "Patterned", "Sizes", "Work"]
 
 SELECTORS: dict[str, Callable[..., BlockMask]] = {
+    "biformer": biformer,
     "dma": dma,
     "dsa": dsa,
     "misa": misa,
@@ -41,8 +48,10 @@ SELECTORS: dict[str, Callable[..., BlockMask]] = {
 }
 
 METHODS: dict[str, Method] = {
+    "biformer": Method(BiFormerOptions, BiFormer, causal=False),
     "dma": Method(DMAOptions, DMA),
     "dsa": Method(DSAOptions, functools.partial(DSA, dsa_select)),
+    "llsa": Method(LLSAOptions, LLSA, causal=False),
     "misa": Method(MISAOptions, functools.partial(DSA, misa)),
     "moba": Method(MoBAOptions, functools.partial(Selecting, moba)),
     "nsa": Method(NSAOptions, NSA),

@@ -22,7 +22,6 @@ from sparsejax.attention.rows import Score
 from sparsejax.attention.selection import best, in_chunks, visible_keys
 from sparsejax.attention.selectors.plain import Sizes, Work
 from sparsejax.config import require
-from sparsejax.partition import axis
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["DSA", "DSAOptions", "dsa", "index"]
@@ -127,7 +126,7 @@ def divergence(
     lse: Float[Array, "b h t"],
     scores: Float[Array, "b t k"],
     live: Any,
-    tensor: str | None,
+    place: Place,
 ) -> Float[Array, "b t"]:
     """Kullback-Leibler divergence from attention, summed over heads, to the indexer.
 
@@ -136,14 +135,13 @@ def divergence(
         lse: its log-denominators.
         scores: the indexer's.
         live: which keys count, "b t k".
-        tensor: mesh axis over which the heads are cut, if they are.
+        place: of the queries; it knows whether heads are cut over devices.
 
     Source: DeepSeek-AI 2025, arXiv:2512.02556, Eq. 3-4.
     """
     finite = jnp.isfinite(lse)[..., None] & live[:, None]
     mass = jnp.where(finite, jnp.exp(jnp.where(finite, logits - lse[..., None], 0)), 0)
-    mass = mass.sum(axis=1)
-    mass = mass if tensor is None else jax.lax.psum(mass, tensor)
+    mass = place.over_heads(mass.sum(axis=1))
     total = mass.sum(axis=-1, keepdims=True)
     target = jax.lax.stop_gradient(mass / jnp.where(total > 0, total, 1))
     scores = jnp.where(live, scores, jnp.finfo("float32").min)
@@ -206,7 +204,6 @@ class DSA(nnx.Module):
         context: Context,
     ) -> Mixed:
         """Attend to the chosen keys; losses: ``indexer``."""
-        tensor = axis("tensor")
         query, weights = self.queries(x, context.positions)
         key = context.features["indexer_keys"].astype(x.dtype)
 
@@ -221,7 +218,7 @@ class DSA(nnx.Module):
             return (
                 found.values,
                 listed(mask, q),
-                self._loss(*given, mask, place, tensor),
+                self._loss(*given, mask, place),
             )
 
         letters = "b t h c", "b s g c", "b s g c", "b t k c", "b s 1 c", "b t k"
@@ -250,7 +247,6 @@ class DSA(nnx.Module):
         indexer: Any,
         mask: BlockMask,
         place: Place,
-        tensor: Any,
     ) -> Float[Array, "b t"]:
         """Divergence for each query, over the chosen keys or over all."""
         (q, k), (query, key, weights) = qk, indexer
@@ -270,7 +266,7 @@ class DSA(nnx.Module):
             products = jnp.einsum("bthc,btkc->bthk", query, key[rows, ids][:, :, :, 0])
             scores = jnp.einsum("bth,bthk->btk", weights, nnx.relu(products))
             logits = score.logits(logits).reshape(b, h, *ids.shape[1:])
-            return divergence(logits, lse.mT, scores, live, tensor)
+            return divergence(logits, lse.mT, scores, live, place)
 
         def every(
             q: Array, lse: Array, query: Array, weights: Array, *of: Array
@@ -280,10 +276,11 @@ class DSA(nnx.Module):
             live = visible_keys(of[0], k.shape[1], place, *of[1:])
             scores = index(query, key[:, :, 0], weights)
             logits = score.logits(logits).reshape(b, h, q.shape[1], -1)
-            return divergence(logits, lse.mT, scores, live, tensor)
+            return divergence(logits, lse.mT, scores, live, place)
 
         sparse = self.options.stage == "sparse"
-        of = (mask.ids[:, 0], mask.count[:, 0]) if sparse else place.rows(q)
+        lists = [jnp.asarray(x)[:, 0] for x in (mask.ids, mask.count)]
+        of = lists if sparse else place.rows(q)
         keys = mask.ids.shape[-1] * k.shape[2] * c if sparse else k.shape[1] * h
         size = CHUNK // (b * keys)
         return in_chunks(

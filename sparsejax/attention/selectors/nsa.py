@@ -4,7 +4,6 @@ Symbols: block ``j`` of the selection has ``block_kv`` keys; compressed key ``m`
 for ``length`` keys from ``m * stride`` on.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,7 +159,7 @@ class NSA(nnx.Module):
         if config.qk_norm:
             self.key_norms = nnx.Param(jnp.ones((2, c)), axes="2 c")
         # The first of two is for keys, the second for values.
-        self.place = nnx.Param(jnp.zeros((2, l, c)), axes=f"2 {l} c")
+        self.place = nnx.Param(0.02 * normal(2, l, c), axes=f"2 {l} c")
         self.inner = nnx.Param(
             normal(2, l, c, f) * (l * c) ** -0.5, axes=f"2 {l} c {f}"
         )
@@ -214,22 +213,22 @@ class NSA(nnx.Module):
         ]
         arrays = q, *behind, k, v, kept["near_keys"], kept["near_values"]
 
-        def local(place: Place, q: Array, *kv: Any) -> Any:
-            *kv, sinks = kv
-            run = functools.partial(context.attended, q, place=place)
-            first, lse = self._compressed_branch(context, q, *kv[:2], sinks, place)
+        def local(place: Place, q: Array, *rest: Any) -> Any:
+            *kv, sinks = rest
+            (kc, vc), (ks, vs), (kn, vn) = kv[:2], kv[2:4], kv[4:]
+            first, lse = self._compressed_branch(context, q, kc, vc, sinks, place)
             chosen = nsa(
                 q,
-                kv[0],
+                kc,
                 lse=lse,
                 kv_len=k.shape[1],
                 block_kv=min(context.config.block_kv, k.shape[1]),
                 options=self.options,
                 place=place,
             )
-            near = self._mask(q, kv[4], sliding_window(self.options.window), place)
-            second = run(*kv[2:4], chosen, sinks=sinks).values
-            third = run(*kv[4:], near, sinks=sinks).values
+            near = self._mask(q, kn, sliding_window(self.options.window), place)
+            second = context.attended(q, ks, vs, chosen, place, sinks=sinks).values
+            third = context.attended(q, kn, vn, near, place, sinks=sinks).values
             return first, second, third, listed(chosen, q)
 
         sinks = None if context.sinks is None else "h"
@@ -241,10 +240,9 @@ class NSA(nnx.Module):
         )
         wide = jnp.einsum("btd,dhk->bthk", x, self.gate[...].astype(x.dtype))
         gates = nnx.sigmoid(wide.astype("float32") + self.gate_bias[...][None, None])
-        mixed = sum(
-            gates[..., n, None].astype(x.dtype) * value
-            for n, value in enumerate(values)
-        )
+        shares = [gates[..., n, None].astype(x.dtype) for n in range(3)]
+        parts = [a * b for a, b in zip(shares, values, strict=True)]
+        mixed = parts[0] + parts[1] + parts[2]
         metrics = {"density": density.mean(), "gates": gates.mean(axis=(0, 1, 2))}
         return Mixed(mixed, {}, metrics)
 

@@ -9,9 +9,7 @@ from flax import nnx
 
 from sparsejax.attention.attended import merge
 from sparsejax.attention.context import Context, Mixed, Place
-from sparsejax.attention.mask import BlockMask
-from sparsejax.attention.patterns import full
-from sparsejax.attention.selectors.plain import Sizes, Work, pattern_mask
+from sparsejax.attention.selectors.plain import Sizes, Work, everything, pattern_mask
 from sparsejax.config import require
 from sparsejax.typing import Array, Float, Int
 
@@ -82,14 +80,8 @@ class PersistentMemory(nnx.Module):
             both = [
                 jnp.broadcast_to(x[None], (len(q), *x.shape)) for x in (keys, values)
             ]
-            every = BlockMask.from_pattern(
-                full(),
-                q_len=t,
-                kv_len=slots,
-                block_q=min(context.config.block_q, t),
-                block_kv=min(context.config.block_kv, slots),
-            )
-            known = context.attended(q, *both, every, Place())
+            every = everything(context, t, slots)
+            known = context.attended(q, both[0], both[1], every, Place())
             return merge(text, known).values
 
         letters = "b t h c", "b s g c", "b s g c", "m g c", "m g c", mask.axes()

@@ -11,6 +11,7 @@ from flax import nnx
 
 from sparsejax.attention.context import Context, Mixed, Place, parts_of_context
 from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.patterns import full
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["Method", "Patterned", "Selecting", "Sizes", "Work"]
@@ -111,6 +112,13 @@ class Selecting(nnx.Module):
         block_kv = min(context.config.block_kv, k.shape[1])
         select = functools.partial(self.select, block_kv=block_kv, **options)
         return context.attend(q, k, v, select)
+
+
+def everything(context: Context, t: int, s: int) -> BlockMask:
+    """The mask that hides nothing."""
+    config = context.config
+    sizes = {"block_q": min(config.block_q, t), "block_kv": min(config.block_kv, s)}
+    return BlockMask.from_pattern(full(), q_len=t, kv_len=s, **sizes)
 
 
 def pattern_mask(context: Context, t: int, s: int) -> BlockMask:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.attention.context import Place
 from sparsejax.attention.selectors.dsa import divergence
 from tests.attention.selecting import (
     CLOSE,
@@ -90,7 +91,7 @@ def test_the_indexers_loss_falls_to_zero_where_it_agrees():
     logits = jax.random.normal(jax.random.key(0), (1, 1, 3, 5))
     lse = jax.nn.logsumexp(logits, -1)
     live = jnp.ones((1, 3, 5), bool)
-    found = divergence(logits, lse, logits[:, 0] + 3.0, live, None)
+    found = divergence(logits, lse, logits[:, 0] + 3.0, live, Place())
     np.testing.assert_allclose(found, 0, atol=1e-6)
 
 

@@ -1,11 +1,23 @@
 """MoBA: the own block and the best earlier ones, by the means of their keys."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from pallas_kernels.tpu import interpreted
 from sparsejax.attention import Segments
 from sparsejax.attention.context import Place
-from tests.attention.selecting import T, arrays, selected
+from tests.attention.selecting import (
+    CLOSE,
+    SOME,
+    WIDTH,
+    T,
+    arrays,
+    layer,
+    selected,
+    value,
+)
 
 
 def test_moba_reads_its_own_block_and_the_best_means(key):
@@ -32,3 +44,14 @@ def test_documents_in_a_block_have_means_of_their_own(key):
     before = selected("moba", q, k, place=place).to_dense()
     after = selected("moba", q, k.at[:, 4:6].add(9.0), place=place).to_dense()
     np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("name", ["moba", "dsa"])
+def test_kernels_take_the_lists_of_queries_in_larger_blocks(name, key):
+    x = jax.random.normal(key, (1, T, WIDTH))
+    blocks = {"block_q": 8, "block_kv": 8}
+    selection = SOME[name] | ({"top": 2} if name == "moba" else {})
+    expected = value(layer(name, selection, **blocks), x)
+    with interpreted():
+        found = value(layer(name, selection, implementation="mosaic_tpu", **blocks), x)
+    np.testing.assert_allclose(found, expected, **CLOSE)
