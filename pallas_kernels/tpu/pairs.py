@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-__all__ = ["BITS", "EMPTY", "FULL", "PARTIAL", "Pairs", "Rows", "pair_list"]
+__all__ = ["BITS", "EMPTY", "FULL", "PARTIAL", "RULES", "Pairs", "Rows", "pair_list"]
 
 # A block's kind: PARTIAL + n is partial under rule n.
 EMPTY, FULL, PARTIAL = 0, 1, 2
 FIRST, LAST, KIND = 1, 2, 2  # two flags, and where the kind begins
 BITS = 10  # of flags and kind; the row is above them
+RULES = (1 << (BITS - KIND)) - PARTIAL
 
 
 class Rows(NamedTuple):

@@ -7,29 +7,25 @@ query block, which for a single token of cached decoding is all of its rows.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tpu import backward, forward
-from pallas_kernels.tpu.blocks import GRANTS, Tensors, Tiling
-from pallas_kernels.tpu.interpreter import is_interpreted
-from pallas_kernels.tpu.pairs import EMPTY, FULL, PARTIAL, Rows, pair_list
+from pallas_kernels.tpu import backward, forward, is_interpreted
+from pallas_kernels.tpu.blocks import GRANTS, Tensors
+from pallas_kernels.tpu.pairs import EMPTY, FULL, PARTIAL, RULES, Rows, pair_list
 from sparsejax.attention import lists as ls
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.restrict import restrict
+from sparsejax.attention.rows import alike
 from sparsejax.attention.target import platform
-from sparsejax.attention.xla import _alike
+from sparsejax.attention.tpu_plan import SUBLANES, Plan, pad, plan_of
 from sparsejax.typing import Array, Float
 
 __all__ = ["mosaic_tpu"]
-
-PAIRS = 130_000  # that fit into the scalar memory of every generation
-PACKED = 512  # queries of a block, as far as heads are packed into it
-SUBLANES, LANES = 8, 128  # of a vector register; blocks are padded to whole sublanes
 
 _QUERY_SIDE = ("q", "do", "lse", "delta", "q_segments", "grants")
 _KEY_SIDE = ("k", "v", "kv_segments", "bias")
@@ -54,139 +50,14 @@ def mosaic_tpu(
     """
     if segments is not None:
         mask = restrict(mask, segments)
-    plan = _plan(q, k, mask, scale, softcap)
+    plan = plan_of(q, k, mask, scale, softcap)
     _check(q, plan)
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
-    q, k, v, bias = _alike((q, k, v, bias), q, k, v, bias, mask, segments)
+    q, k, v, bias = alike((q, k, v, bias), q, k, v, bias, mask, segments)
     return _attend(q, k, v, bias, mask, segments, plan)
 
 
-class _Limit(NamedTuple):
-    """Into how many calls a list is cut, and what bounds the pairs of each."""
-
-    parts: int
-    capacity: int
-
-
-class _Plan(NamedTuple):
-    """How "b t h c" and "b s g c" become the kernels' parts and blocks."""
-
-    heads: tuple[int, int, int]  # sharing lists, with own lists, packed into a block
-    height: int  # rows of a query block
-    in_place: bool  # whether keys and values are read where they are
-    tiling: Tiling
-    rows: _Limit
-    columns: _Limit
-
-    def queries(self, x: Array, fill: float = 0.0) -> Array:
-        """[b, t, h, c] to [o, r, q, c]."""
-        (apart, own), (outer, inner, packed) = self.tiling.batches, self.heads
-        rows, block_q = self.tiling.rows, self.tiling.block_q
-        x = _pad(x, 1, rows * block_q, fill)
-        x = x.reshape(apart, own, rows, block_q, outer, inner, packed, -1)
-        x = x.transpose(0, 4, 1, 5, 2, 6, 3, 7)
-        x = x.reshape(apart * outer, own * inner * rows, packed * block_q, -1)
-        return _pad(x, 2, self.height, fill)
-
-    def from_queries(self, x: Array, shape: tuple[int, ...]) -> Array:
-        """[o, r, q, c] to [b, t, h, c]."""
-        (apart, own), (outer, inner, packed) = self.tiling.batches, self.heads
-        rows, block_q = self.tiling.rows, self.tiling.block_q
-        x = x[:, :, : packed * block_q]
-        x = x.reshape(apart, outer, own, inner, rows, packed, block_q, -1)
-        x = x.transpose(0, 2, 4, 6, 1, 3, 5, 7)
-        return x.reshape(shape[0], rows * block_q, *shape[2:])[:, : shape[1]]
-
-    def kv(self, x: Array) -> Array:
-        """[b, s, g, c] to [o, r, k, c]."""
-        (apart, own), (outer, inner) = self.tiling.batches, self.tiling.keys
-        columns, block_kv = self.tiling.columns, self.tiling.block_kv
-        x = _pad(x, 1, columns * block_kv)
-        x = x.reshape(apart, own, columns, block_kv, outer, inner, -1)
-        x = x.transpose(0, 4, 1, 5, 2, 3, 6)
-        x = x.reshape(apart * outer, own * inner * columns, block_kv, -1)
-        return _pad(x, 2, self.tiling.depth)
-
-    def from_kv(self, x: Array, shape: tuple[int, ...]) -> Array:
-        """[o, r, k, c] to [b, s, g, c]."""
-        (apart, own), (outer, inner) = self.tiling.batches, self.tiling.keys
-        columns, block_kv = self.tiling.columns, self.tiling.block_kv
-        x = x[:, :, :block_kv].reshape(apart, outer, own, inner, columns, block_kv, -1)
-        x = x.transpose(0, 2, 4, 5, 1, 3, 6)
-        return x.reshape(shape[0], columns * block_kv, *shape[2:])[:, : shape[1]]
-
-
-def _plan(
-    q: Array, k: Array, mask: BlockMask, scale: float, softcap: float | None
-) -> _Plan:
-    (b, _, h, c), g, grid = q.shape, k.shape[2], mask.grid
-    own, inner = mask.ids.shape[:2]
-    packed = 1
-    if mask.elements is not None:
-        own, inner = max(own, len(mask.elements)), max(inner, mask.elements.shape[1])
-    elif inner == 1:
-        fitting = max(1, PACKED // grid.block_q)
-        packed = max(
-            p for p in range(1, h // g + 1) if h // g % p == 0 and p <= fitting
-        )
-    shared = inner == 1
-    heads = (h // packed, 1, packed) if shared else (1, h, 1)
-    keys = (g, 1) if shared else (1, g)
-    tiling = Tiling(
-        batches=(b // own, own),
-        heads=inner,
-        keys=keys,
-        rows=grid.rows,
-        columns=grid.columns,
-        block_q=grid.block_q,
-        block_kv=grid.block_kv,
-        depth=_round_up(grid.block_kv),
-        kv_len=grid.kv_len,
-        scale=scale,
-        softcap=softcap,
-        rules=mask.patterns,
-    )
-    # Blocks of memory begin and end where its tiles do; 32 bytes by 128 lanes.
-    whole = grid.kv_len % grid.block_kv == 0
-    in_place = whole and grid.block_kv * k.dtype.itemsize % 32 == 0
-    rows, columns = _limits(mask, own * inner, own * keys[1])
-    return _Plan(
-        heads=heads,
-        height=_round_up(packed * grid.block_q),
-        in_place=in_place and (c % LANES == 0 or g == 1),
-        tiling=tiling,
-        rows=rows,
-        columns=columns,
-    )
-
-
-def _limits(mask: BlockMask, lists: int, key_lists: int) -> tuple[_Limit, _Limit]:
-    """Cut the lists so that each call's pairs fit into scalar memory."""
-    grid = mask.grid
-    rows, columns = lists * grid.rows, key_lists * grid.columns
-    live = rows * mask.ids.shape[-1]
-    if not ls.is_traced(mask.count):
-        copies = rows // np.asarray(mask.count).size
-        live = int(np.asarray(mask.count).sum()) * copies
-
-    def limit(size: int, widest: int, name: str) -> _Limit:
-        for parts in (n for n in range(1, size + 1) if size % n == 0):
-            some = size // parts
-            # Each row has a pair even if it has nothing live.
-            capacity = min(live + some, some * max(widest, 1))
-            if capacity <= PAIRS:
-                return _Limit(parts, capacity)
-        raise ValueError(
-            f"a {name} block has up to {widest} live blocks, and a TPU call takes at"
-            f" most {PAIRS} pairs; choose larger blocks"
-        )
-
-    widest = mask.ids.shape[-1]
-    readers = lists // key_lists * grid.rows
-    return limit(rows, widest, "query"), limit(columns, readers, "key")
-
-
-def _check(q: Array, plan: _Plan) -> None:
+def _check(q: Array, plan: Plan) -> None:
     if q.dtype not in ("bfloat16", "float32"):
         raise ValueError(
             f"{q.dtype}: TPU kernels compute in bfloat16 and float32; cast to one"
@@ -197,14 +68,19 @@ def _check(q: Array, plan: _Plan) -> None:
             f"block_q={tiling.block_q} with {packed} heads packed into a block: a TPU"
             f" block needs {SUBLANES} rows; coarsen the mask, mask.coarsened(8) say"
         )
+    if len(tiling.rules) > RULES:
+        raise ValueError(
+            f"heads follow {len(tiling.rules)} patterns, and a TPU call tells {RULES}"
+            " apart; attend with some heads at a time"
+        )
     if platform() != "tpu" and not is_interpreted():
         raise ValueError(
             f"implementation='mosaic_tpu' needs a TPU, and this is for {platform()};"
-            " choose 'xla', or run under pallas_kernels.tpu.interpreter.interpreted()"
+            " choose 'xla', or trace under pallas_kernels.tpu.interpreted()"
         )
 
 
-def _rows(mask: BlockMask, plan: _Plan) -> Rows:
+def _rows(mask: BlockMask, plan: Plan) -> Rows:
     """The live key blocks of every query block, numbered as the kernels see them."""
     own, inner = plan.tiling.batches[1], plan.tiling.heads
     lead, key_heads = (own, inner, plan.tiling.rows), plan.tiling.keys[1]
@@ -227,7 +103,7 @@ def _rows(mask: BlockMask, plan: _Plan) -> Rows:
     )
 
 
-def _columns(rows: Rows, plan: _Plan) -> Rows:
+def _columns(rows: Rows, plan: Plan) -> Rows:
     """The same pairs by key block, the full ones first."""
     blocks = plan.tiling.batches[1] * plan.tiling.keys[1] * plan.tiling.columns
     width = len(rows.others) // len(rows.count)
@@ -243,7 +119,7 @@ def _columns(rows: Rows, plan: _Plan) -> Rows:
     return Rows(start, end - start, row, kinds)
 
 
-def _operands(q, k, v, bias, mask, segments, plan: _Plan) -> Tensors:
+def _operands(q, k, v, bias, mask, segments, plan: Plan) -> Tensors:
     """Everything in blocks, except for what only the backward pass has."""
     b, t, h, _ = q.shape
     s, g = k.shape[1:3]
@@ -263,13 +139,13 @@ def _operands(q, k, v, bias, mask, segments, plan: _Plan) -> Tensors:
     )
 
 
-def _grants(mask: BlockMask, shape: tuple[int, ...], plan: _Plan) -> Array | None:
+def _grants(mask: BlockMask, shape: tuple[int, ...], plan: Plan) -> Array | None:
     """32 key blocks to a word, "o r w q"."""
     if mask.grants is None:
         return None
     (b, _, h, _), columns = shape, plan.tiling.columns
     words = -(-columns // GRANTS)
-    bits = _pad(jnp.asarray(mask.grants).astype("uint32"), 3, words * GRANTS)
+    bits = pad(jnp.asarray(mask.grants).astype("uint32"), 3, words * GRANTS)
     bits = bits.reshape(*bits.shape[:3], words, GRANTS)
     place = jnp.arange(GRANTS, dtype="uint32")
     packed = (bits << place[None, None, None, None]).sum(-1, dtype="uint32")
@@ -278,17 +154,17 @@ def _grants(mask: BlockMask, shape: tuple[int, ...], plan: _Plan) -> Array | Non
     return plan.queries(packed).mT
 
 
-def _elements(mask: BlockMask, plan: _Plan) -> Array | None:
+def _elements(mask: BlockMask, plan: Plan) -> Array | None:
     """Tiles of the element mask, "b h i j k q"."""
     if mask.elements is None:
         return None
     tiling, x = plan.tiling, jnp.asarray(mask.elements)
     sizes = tiling.rows, tiling.block_q, tiling.columns, tiling.block_kv
     x = x.reshape(*x.shape[:2], *sizes).transpose(0, 1, 2, 4, 5, 3)
-    return _pad(_pad(x.astype("int8"), 4, plan.tiling.depth), 5, plan.height)
+    return pad(pad(x.astype("int8"), 4, plan.tiling.depth), 5, plan.height)
 
 
-def _run(kernel, rows: Rows, tensors: Tensors, mask, plan: _Plan, *, by_key=False):
+def _run(kernel, rows: Rows, tensors: Tensors, mask, plan: Plan, *, by_key=False):
     """Build the pairs and walk them, in as many calls as it takes."""
     parts, capacity = plan.columns if by_key else plan.rows
     size = len(rows.count) // parts
@@ -305,7 +181,7 @@ def _run(kernel, rows: Rows, tensors: Tensors, mask, plan: _Plan, *, by_key=Fals
         names = _KEY_SIDE[2 * plan.in_place :] if by_key else _QUERY_SIDE
         own = {name: cut(getattr(tensors, name), 1) for name in names}
         where = jnp.stack([offset, part * size])
-        inputs = _alike((pairs, where, tensors._replace(**own)), rows, tensors, mask)
+        inputs = alike((pairs, where, tensors._replace(**own)), rows, tensors, mask)
         if by_key:
             return kernel(*inputs, plan.tiling, blocks=size)
         return kernel(*inputs, plan.tiling)
@@ -321,7 +197,7 @@ def _attend(q, k, v, bias, mask, segments, plan) -> Attended:
     return _forward(q, k, v, bias, mask, segments, plan)[0]
 
 
-def _forward(q, k, v, bias, mask, segments, plan: _Plan):
+def _forward(q, k, v, bias, mask, segments, plan: Plan):
     tensors = _operands(q, k, v, bias, mask, segments, plan)
     values, lse = _run(forward.forward, _rows(mask, plan), tensors, mask, plan)
     lse = plan.from_queries(lse.mT, (*q.shape[:3], 1))[..., 0].mT
@@ -329,7 +205,7 @@ def _forward(q, k, v, bias, mask, segments, plan: _Plan):
     return attended, (q, k, v, bias, mask, segments, attended)
 
 
-def _backward(plan: _Plan, saved, cotangent: Attended):
+def _backward(plan: Plan, saved, cotangent: Attended):
     q, k, v, bias, mask, segments, attended = saved
     do = cotangent.values
     blind = jnp.isinf(attended.lse)
@@ -361,12 +237,3 @@ def _backward(plan: _Plan, saved, cotangent: Attended):
 
 
 _attend.defvjp(_forward, _backward)
-
-
-def _round_up(size: int) -> int:
-    return -(-size // SUBLANES) * SUBLANES
-
-
-def _pad(x: Array, axis: int, length: int, fill: float = 0.0) -> Array:
-    edges = [(0, length - n if a == axis else 0) for a, n in enumerate(x.shape)]
-    return jnp.pad(x, edges, constant_values=np.asarray(fill, x.dtype))

@@ -16,9 +16,9 @@ from sparsejax.attention import (
     causal,
     fixed,
     full,
-    mosaic_tpu,
     sliding_window,
     strided,
+    tpu_plan,
 )
 from tests.attention.test_operation import arrays, both, packed, weigh
 
@@ -121,7 +121,7 @@ def test_heads_that_do_not_fit_into_one_block_are_walked_in_turn(key, monkeypatc
     q, k, v = arrays(key, h=8)
     mask = MASKS["causal"]()
     expected = both(q, k, v, mask, implementation="reference")
-    monkeypatch.setattr(mosaic_tpu, "PACKED", 16)  # two of the four heads of a group
+    monkeypatch.setattr(tpu_plan, "PACKED", 16)  # two of the four heads of a group
     assert_equal_trees(run(q, k, v, mask), expected)
 
 
@@ -142,7 +142,7 @@ def test_long_lists_are_walked_in_several_calls(name, key, monkeypatch):
     mask = MASKS[name]()
     expected = both(q, k, v, mask, implementation="reference")
     most = 9 if name == "causal" else 40
-    monkeypatch.setattr(mosaic_tpu, "PAIRS", most)
+    monkeypatch.setattr(tpu_plan, "PAIRS", most)
     assert_equal_trees(run(q, k, v, mask), expected)
 
 
@@ -303,16 +303,24 @@ Q, K = jnp.zeros((2, 22, 4, 8)), jnp.zeros((2, 29, 2, 8))
             "float32",
             "block_q=4 with 1 heads .* coarsen",
         ),
+        (
+            lambda: BlockMask.from_pattern(
+                tuple(map(sliding_window, range(1, 301))), **SIZES
+            ),
+            "float32",
+            "300 patterns, and a TPU call tells 254 apart",
+        ),
         (MASKS["causal"], "float32", "needs a TPU, and this is for cpu; .* 'xla'"),
     ],
 )
 def test_what_the_kernels_do_not_take_is_refused(mask, dtype, words):
-    q, k = Q.astype(dtype), K.astype(dtype)
+    heads = max(4, mask().ids.shape[1])
+    q, k = jnp.zeros((2, 22, heads, 8), dtype), K.astype(dtype)
     with pytest.raises(ValueError, match=words):
         block_sparse_attention(q, k, k, mask(), implementation="mosaic_tpu")
 
 
 def test_a_key_block_that_all_queries_read_may_be_too_much(monkeypatch):
-    monkeypatch.setattr(mosaic_tpu, "PAIRS", 2)
+    monkeypatch.setattr(tpu_plan, "PAIRS", 2)
     with pytest.raises(ValueError, match=r"a query block has up to 4 .* larger blocks"):
         block_sparse_attention(Q, K, K, MASKS["causal"](), implementation="mosaic_tpu")
