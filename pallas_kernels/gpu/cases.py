@@ -37,11 +37,13 @@ class Case:
     softcap: float | None = None
     extras: bool = False  # bias, elements, segments, grants and two patterns by head
     dtype: str = "bfloat16"
+    in_turns: bool = False  # of the warpgroups, in the forward pass
     spills: tuple[int, int, int] = (0, 0, 136)
 
 
 CASES = {
     "causal": Case(),
+    "in_turns": Case(in_turns=True),
     "narrow": Case(width=64),
     "grouped": Case(key_heads=4),
     "window": Case(length=32768, window=1024),
@@ -132,7 +134,7 @@ def kernels(case: Case) -> dict[str, Callable[..., dict[str, jax.Array]]]:
         members=case.heads // case.key_heads,
     )
     plans = {
-        forward: of_queries(step=tile(case.block_kv)),
+        forward: of_queries(step=tile(case.block_kv), in_turns=case.in_turns),
         query_gradient: of_queries(step=ROWS),
         key_gradients: of_keys,
     }

@@ -58,7 +58,7 @@ def forward(
         def step(piece: Piece, carry: Any, *, ruled: bool) -> Any:
             out, top, total = carry
             with piece.fed(*keys) as (k, *bias):
-                s = product(q, transposed(k))
+                s = product(q, transposed(k), meanwhile=program.turn)
                 x, _ = score.logits(s, *(laid(x, s.shape, 1) for x in bias))
                 if bias:
                     fence()  # a plain read ends before the next copy into its place
@@ -72,13 +72,16 @@ def forward(
             kept = jnp.exp2(top * score.unit - shift)
             total = total * kept + p.sum(axis=1)
             put(weights, p)
+            program.turn()
             with piece.fed("v") as (v,):
                 out = out * spread(kept, out.shape, 0) + product(weights, v)
             return out, higher, total
 
         none = constant(0.0, (ROWS,), PER_ROW)
         start = constant(0.0, (ROWS, c)), constant(-jnp.inf, (ROWS,), PER_ROW), none
+        program.half_a_turn(1)
         out, top, total = program.walk(step, start)
+        program.half_a_turn(0)
         inverse = jnp.where(
             total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total)
         )

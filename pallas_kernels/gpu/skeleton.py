@@ -50,6 +50,7 @@ class Plan:
     members: int = 1  # query heads that one program walks
     splits: int = 1  # programs that share the list of one own tile
     slots: int | None = None  # of the ring; None takes what fits
+    in_turns: bool = False  # two warpgroups: one multiplies, the other exponentiates
 
 
 def _over(n: Any, d: int) -> Any:
@@ -92,6 +93,16 @@ class Program:
         if len(ref.shape) == 4:
             return ref.at[self.batch, span, self.of_head(head, ref.shape[2])]
         return ref.at[self.batch, self.of_head(head, ref.shape[1]), span]
+
+    def turn(self) -> None:
+        """Meet the other warpgroup, if they work in turns."""
+        if "turn" in self.tiles:
+            plgpu.barrier_arrive(self.tiles["turn"])
+            plgpu.barrier_wait(self.tiles["turn"])
+
+    def half_a_turn(self, group: int) -> None:
+        """Let one warpgroup meet the other once more, to shift their turns."""
+        pl.when(self.group == group)(self.turn)
 
     def walk(self, visit: Callable[..., Any], carry: Any) -> Any:
         """Thread ``carry`` through ``visit(piece, carry, ruled=...)`` in list order."""
@@ -214,6 +225,8 @@ def _scratch(plan: Plan, traffic: Traffic) -> tuple[Plan, dict[str, Any]]:
     width = min(swizzle(shape[1], dtype) for shape, dtype in matrices)
     tiles = {n: tile((groups, *s), d, width) for n, (s, d) in fixed.items()}
     tiles |= {n: tile((slots, *s), d, width) for n, (s, d) in fed.items()}
+    if plan.in_turns and groups == 2:
+        tiles["turn"] = plgpu.Barrier(num_arrivals=groups)
     tiles["own"] = plgpu.Barrier(num_arrivals=len(traffic.own), num_barriers=groups)
     for names in traffic.streams:
         tiles["ready_" + names[0]] = plgpu.Barrier(

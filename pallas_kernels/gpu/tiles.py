@@ -4,6 +4,7 @@ Only what JAX's interpreter of Mosaic GPU runs as well: both operands of a produ
 in shared memory, and a sum that must be rescaled is a value, not an accumulator.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,12 +45,19 @@ def _audit(*operands: Any) -> None:
         fence()  # a plain read counts as finished only behind one
 
 
-def product(a: Any, b: Any) -> jax.Array:
-    """``a @ b`` of two tiles, in registers."""
+def product(a: Any, b: Any, *, meanwhile: Callable[[], Any] = tuple) -> jax.Array:
+    """``a @ b`` of two tiles, in registers.
+
+    Args:
+        a: the left tile.
+        b: the right tile.
+        meanwhile: what to do before waiting for the result.
+    """
 
     def run(acc: Any) -> jax.Array:
         plgpu.wgmma(acc, a, b)
         _audit(a, b)
+        meanwhile()
         return acc[...]  # waits
 
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))

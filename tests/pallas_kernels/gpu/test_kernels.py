@@ -79,6 +79,18 @@ def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
 
 
 @runs
+def test_warpgroups_that_work_in_turns_change_nothing(key):
+    case = Case(length=256, heads=1, key_heads=1, width=32)
+    x, walked = arrays(case, key), lists(case)
+    walked = walked._replace(count=walked.count.at[0, 0, 0].set(0))
+    each = [kernels(dataclasses.replace(case, in_turns=on)) for on in (False, True)]
+    with interpreted():
+        alone, turned = (jax.jit(k["forward"])(x, walked) for k in each)
+    assert (alone["out"] == turned["out"]).all()
+    assert (alone["lse"] == turned["lse"]).all()
+
+
+@runs
 def test_all_extras_of_the_cases_agree_with_dense_attention():
     small = {"length": 128, "heads": 2, "key_heads": 1, "width": 32}
     case = dataclasses.replace(CASES["extras"], **small, block_q=64, block_kv=64)
