@@ -193,6 +193,26 @@ def peak(work: Work) -> int:
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 
+def proportion(length: int, *, rounds: int, seconds: float) -> dict[str, Any]:
+    """Time windows of 16 and of 4 blocks in turns: how does time follow live blocks?"""
+    few, many = (
+        Work("", length, True, sliding_window(blocks * BLOCK)) for blocks in (4, 16)
+    )
+    runners = {
+        name: jax_runner(ours(work.mask()), work)
+        for name, work in (("few", few), ("many", many))
+    }
+    times = race(runners, rounds=rounds, seconds=seconds)
+    return {
+        "work": "window of 16 over window of 4 blocks",
+        "length": length,
+        "pass": few.passes,
+        "density": f"{many.mask().density() / few.mask().density():.2f} times",
+        "ours_ms": f"{ratio(times, 'many', 'few'):.2f} times",
+        "rounds": len(times["few"]),
+    }
+
+
 def works(lengths: list[int]) -> list[Work]:
     """Windows of 4 blocks at all lengths, of 16 at the middle, and plain causal."""
     window, middle = sliding_window(4 * BLOCK), lengths[len(lengths) // 2]
@@ -207,18 +227,22 @@ def main(argv: list[str]) -> int:
     """Measure everything, write the table and print it."""
     parser = argparse.ArgumentParser(prog="python -m sparsejax.bench attention")
     parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384]
+        "--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768]
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row")
     flags = parser.parse_args(argv)
+    pace = {"rounds": flags.rounds, "seconds": flags.seconds}
     about, rows = provenance(), []
     for work in works(sorted(flags.lengths)):
-        measured = row(work, rounds=flags.rounds, seconds=flags.seconds)
+        measured = row(work, **pace)
         rows.append(measured | {"peak_mib": "", **about})
         if work.backward:
             rows[-1]["peak_mib"] = f"{peak(work) / 2**20:.1f}"
         sys.stderr.write(f"{work.name}, {work.length}, {work.passes}\n")
         write_rows("attention", rows)
+    middle = sorted(flags.lengths)[len(flags.lengths) // 2]
+    rows.append(dict.fromkeys(rows[0], "") | proportion(middle, **pace) | about)
+    write_rows("attention", rows)
     sys.stdout.write(markdown(rows, COLUMNS | {"peak_mib": "peak MiB"}) + "\n")
     return 0
