@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.blocks import NN, NT, TN, Tensors, Tiling, logits, product
-from pallas_kernels.tpu.launch import Body, launch
+from pallas_kernels.tpu.launch import Body, Output, launch
 from pallas_kernels.tpu.pairs import Pairs
 
 __all__ = ["by_keys", "by_queries"]
@@ -24,33 +24,32 @@ def by_queries(
     pairs: Pairs, where: jax.Array, tensors: Tensors, tiling: Tiling
 ) -> list[jax.Array]:
     """Give dQ, "o r q c"; ``pairs`` has query blocks for rows."""
-    outputs = (jax.ShapeDtypeStruct(tensors.q.shape, tensors.q.dtype),)
-    scratch = (tensors.q.shape[2:],)
+    block = tensors.q.shape[2:]
+    outputs = (Output(block, tensors.q.dtype),)
     return launch(
         _query_body,
         pairs,
         where,
         tensors,
         outputs,
-        scratch,
+        (block,),
         tiling=tiling,
         by_key=False,
     )
 
 
 def by_keys(
-    pairs: Pairs, where: jax.Array, tensors: Tensors, tiling: Tiling, *, blocks: int
+    pairs: Pairs, where: jax.Array, tensors: Tensors, tiling: Tiling
 ) -> list[jax.Array]:
     """Give dK and dV, "o r k c", and with a bias its gradient "o r 1 k".
 
-    ``pairs`` has key blocks for rows, ``blocks`` of them.
+    ``pairs`` has key blocks for rows.
     """
-    lead = tiling.batches[0] * tiling.keys[0], blocks
-    k, c = tiling.depth, tensors.q.shape[-1]
-    outputs = (jax.ShapeDtypeStruct((*lead, k, c), tensors.q.dtype),) * 2
+    k, c = tensors.k.shape[2:]
+    outputs = (Output((k, c), tensors.k.dtype),) * 2
     scratch = ((k, c),) * 2
     if tensors.bias is not None:
-        outputs += (jax.ShapeDtypeStruct((*lead, 1, k), jnp.float32),)
+        outputs += (Output((1, k), jnp.float32),)
         scratch += ((k, 1),)
     return launch(
         _key_body, pairs, where, tensors, outputs, scratch, tiling=tiling, by_key=True

@@ -1,9 +1,8 @@
 """What a grid step works on: its blocks, which elements of them are seen, and scores.
 
 Queries are laid out in blocks, "o r q c": all ``o`` share one list of pairs, whose rows
-or others number the blocks ``r``. Keys are "o r k c" too, or lie as they come if their
-blocks can be cut from there; neighbouring parts of the queries may read the same part
-of the keys. Scores are transposed, keys on sublanes and
+or others number the blocks ``r``. Keys are "o r k c"; ``inner`` neighbouring parts of
+the queries read the same part of the keys. Scores are transposed, keys on sublanes and
 queries on lanes: then maxima, sums and log-denominators of queries are single rows.
 
 Symbols: q rows of a query block, k rows of a key block, c head width.
@@ -44,14 +43,11 @@ Rule = Callable[[Any, Any], Any]
 class Tiling(NamedTuple):
     """Static: how blocks map to positions, and what becomes of a product."""
 
-    batches: tuple[int, int]  # that share lists, times those with lists of their own
+    rows: int  # query blocks of one list of a head
+    columns: int  # key blocks of one head
     heads: int  # lists of one batch element
-    keys: tuple[int, int]  # key heads of different parts, times those of one
-    rows: int  # query blocks of a head
-    columns: int  # key blocks of a head
     block_q: int  # positions of a query block, which may hold each several times
-    block_kv: int  # positions of a key block
-    depth: int  # rows of a key block: ``block_kv`` and padding
+    block_kv: int  # positions of a key block, which may be padded
     kv_len: int
     scale: float
     softcap: float | None
@@ -62,8 +58,8 @@ class Tensors(NamedTuple):
     """Operands; None where there is none."""
 
     q: Any  # "o r q c"
-    k: Any  # "o r k c", or as it comes "b s (g c)"
-    v: Any  # likewise
+    k: Any  # "o r k c"
+    v: Any  # "o r k c"
     do: Any = None  # "o r q c"
     lse: Any = None  # "o r 1 q", +inf where a query sees nothing
     delta: Any = None  # "o r 1 q"
@@ -134,9 +130,9 @@ def seen(
         offset: absolute position of the first query.
         ruled: whether this is a partial block, else a full one.
     """
-    shape = tiling.depth, tensors.q.shape[0]
+    shape = tensors.k.shape[0], tensors.q.shape[0]
     local, lane = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-    allowed = [local < tiling.block_kv] if tiling.depth > tiling.block_kv else []
+    allowed = [] if shape[0] == tiling.block_kv else [local < tiling.block_kv]
     if ruled:
         if shape[1] > tiling.block_q:
             lane = lax.rem(lane, jnp.full(shape, tiling.block_q, jnp.int32))

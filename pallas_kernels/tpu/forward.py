@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.blocks import TN, Tensors, Tiling, logits, product
-from pallas_kernels.tpu.launch import Body, launch
+from pallas_kernels.tpu.launch import Body, Output, launch
 from pallas_kernels.tpu.pairs import Pairs
 
 __all__ = ["forward"]
@@ -19,9 +19,8 @@ def forward(
     pairs: Pairs, where: jax.Array, tensors: Tensors, tiling: Tiling
 ) -> list[jax.Array]:
     """Give values "o r q c" and log-denominators "o r 1 q"; 0 and -inf of no keys."""
-    *lead, q, c = tensors.q.shape
-    values = jax.ShapeDtypeStruct((*lead, q, c), tensors.q.dtype)
-    outputs = values, jax.ShapeDtypeStruct((*lead, 1, q), jnp.float32)
+    q, c = tensors.q.shape[2:]
+    outputs = Output((q, c), tensors.q.dtype), Output((1, q), jnp.float32)
     scratch = (1, q), (1, q), (c, q)
     return launch(
         _body, pairs, where, tensors, outputs, scratch, tiling=tiling, by_key=False

@@ -7,7 +7,7 @@ memory, which outlasts a step; outputs are written at the end of a row.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.tpu.blocks import Place, Tensors, Tiling, locate, seen
 from pallas_kernels.tpu.pairs import FIRST, FULL, LAST, PARTIAL, Pairs
 
-__all__ = ["Body", "launch"]
+__all__ = ["Body", "Output", "launch"]
 
 # start(), step(visible), finish()
 Body = tuple[Callable[[], None], Callable[[Any], None], Callable[[], None]]
@@ -34,12 +34,19 @@ SIDES = Tensors(
 )
 
 
+class Output(NamedTuple):
+    """What is written for each row of the list."""
+
+    block: tuple[int, int]
+    dtype: Any
+
+
 def launch(
     body: Callable[..., Body],
     pairs: Pairs,
     where: jax.Array,
     tensors: Tensors,
-    outputs: tuple[jax.ShapeDtypeStruct, ...],
+    outputs: tuple[Output, ...],
     scratch: tuple[tuple[int, int], ...],
     *,
     tiling: Tiling,
@@ -53,21 +60,17 @@ def launch(
         scratch: shapes of float32 accumulators.
         by_key: whether rows are key blocks, else query blocks.
     """
-    outer = tiling.batches[0] * tiling.keys[0]
-    inner = len(tensors.q) // outer
+    rows = tensors.k if by_key else tensors.q
+    outer, inner = len(tensors.k), len(tensors.q) // len(tensors.k)
     place = functools.partial(locate, by_key=by_key)
 
     def spec(x: Any, side: int) -> pl.BlockSpec:
-        block = x.shape[-2:]
-        if side == KEY and x.ndim == 3:
-            block = tiling.block_kv, tensors.q.shape[-1]
-
         def index(*args: Any) -> tuple[Any, ...]:
             *ids, where, words, others = args
             at = place(ids, where[1], words, others)
             return _index(at, x.shape, side, inner, tiling)
 
-        return pl.BlockSpec((*[None] * (x.ndim - 2), *block), index)
+        return pl.BlockSpec((*[None] * (x.ndim - 2), *x.shape[-2:]), index)
 
     def kernel(where: Any, words: Any, others: Any, tensors: Any, *refs: Any) -> None:
         ids = [pl.program_id(axis) for axis in range(3)]
@@ -81,9 +84,9 @@ def launch(
         )
 
     # Under a mesh all operands vary alike, and so do the outputs.
-    varying = jax.typeof(tensors.q).manual_axis_type
+    varying, lead = jax.typeof(rows).manual_axis_type, rows.shape[:2]
     shapes = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying)
+        jax.ShapeDtypeStruct((*lead, *x.block), x.dtype, manual_axis_type=varying)
         for x in outputs
     ]
     specs = [spec(x, KEY if by_key else QUERY) for x in shapes]
@@ -119,17 +122,8 @@ def _index(
     zero = np.int32(0)  # a Python 0 would be 64 bits wide under jax_enable_x64
     if side == QUERY:
         return at.outer * np.int32(inner) + at.inner, at.query, zero, zero
-    if side == KEY and len(shape) == 4:
-        return at.outer, at.key, zero, zero
     if side == KEY:
-        block, column = _divided(at.column, tiling.columns)
-        parts, rests = zip(
-            _divided(at.outer, tiling.keys[0]),
-            _divided(block, tiling.keys[1]),
-            strict=True,
-        )
-        batch = parts[0] * np.int32(tiling.batches[1]) + parts[1]
-        return batch, column, rests[0] * np.int32(tiling.keys[1]) + rests[1]
+        return at.outer, at.key, zero, zero
     block, row = _divided(at.row, tiling.rows)
     batch, head = _divided(block, tiling.heads)
     column = lax.rem(at.column, np.int32(tiling.columns))

@@ -82,8 +82,8 @@ def _check(q: Array, plan: Plan) -> None:
 
 def _rows(mask: BlockMask, plan: Plan) -> Rows:
     """The live key blocks of every query block, numbered as the kernels see them."""
-    own, inner = plan.tiling.batches[1], plan.tiling.heads
-    lead, key_heads = (own, inner, plan.tiling.rows), plan.tiling.keys[1]
+    own, inner = plan.batches[1], plan.tiling.heads
+    lead, key_heads = (own, inner, plan.tiling.rows), plan.keys[1]
     ids, count = jnp.asarray(mask.ids), jnp.asarray(mask.count)
     kinds = ls.entry_kinds(mask.lists)
     batch = np.arange(own, dtype="int32")[:, None, None, None]
@@ -105,7 +105,7 @@ def _rows(mask: BlockMask, plan: Plan) -> Rows:
 
 def _columns(rows: Rows, plan: Plan) -> Rows:
     """The same pairs by key block, the full ones first."""
-    blocks = plan.tiling.batches[1] * plan.tiling.keys[1] * plan.tiling.columns
+    blocks = plan.batches[1] * plan.keys[1] * plan.tiling.columns
     width = len(rows.others) // len(rows.count)
     row = jnp.repeat(jnp.arange(len(rows.count), dtype="int32"), width)
     order = jnp.where(rows.kinds == EMPTY, blocks, rows.others) * 2
@@ -129,8 +129,8 @@ def _operands(q, k, v, bias, mask, segments, plan: Plan) -> Tensors:
         keys = jnp.broadcast_to(segments.kv[..., None, None], (b, s, g, 1))
     return Tensors(
         q=plan.queries(q),
-        k=k.reshape(*k.shape[:2], -1) if plan.in_place else plan.kv(k),
-        v=v.reshape(*v.shape[:2], -1) if plan.in_place else plan.kv(v),
+        k=plan.kv(k),
+        v=plan.kv(v),
         q_segments=None if own is None else plan.queries(own).mT,
         kv_segments=None if keys is None else plan.kv(keys).mT,
         bias=None if bias is None else plan.kv(bias.mT[..., None]).mT,
@@ -161,7 +161,7 @@ def _elements(mask: BlockMask, plan: Plan) -> Array | None:
     tiling, x = plan.tiling, jnp.asarray(mask.elements)
     sizes = tiling.rows, tiling.block_q, tiling.columns, tiling.block_kv
     x = x.reshape(*x.shape[:2], *sizes).transpose(0, 1, 2, 4, 5, 3)
-    return pad(pad(x.astype("int8"), 4, plan.tiling.depth), 5, plan.height)
+    return pad(pad(x.astype("int8"), 4, plan.depth), 5, plan.height)
 
 
 def _run(kernel, rows: Rows, tensors: Tensors, mask, plan: Plan, *, by_key=False):
@@ -178,12 +178,10 @@ def _run(kernel, rows: Rows, tensors: Tensors, mask, plan: Plan, *, by_key=False
 
         some = rows._replace(start=cut(rows.start, 0), count=cut(rows.count, 0))
         pairs = pair_list(some, capacity)
-        names = _KEY_SIDE[2 * plan.in_place :] if by_key else _QUERY_SIDE
+        names = _KEY_SIDE if by_key else _QUERY_SIDE
         own = {name: cut(getattr(tensors, name), 1) for name in names}
         where = jnp.stack([offset, part * size])
         inputs = alike((pairs, where, tensors._replace(**own)), rows, tensors, mask)
-        if by_key:
-            return kernel(*inputs, plan.tiling, blocks=size)
         return kernel(*inputs, plan.tiling)
 
     if parts == 1:

@@ -16,5 +16,6 @@ def platform() -> str:
     device = None if mesh.empty else mesh.abstract_device
     if device is None:
         return jax.default_backend()
-    maker = device.device_kind.split()[0].rstrip("0123456789x")
-    return KINDS.get(maker, device.device_kind)
+    kind = str(device.device_kind)
+    maker = kind.partition(" ")[0].rstrip("0123456789x")
+    return KINDS.get(maker, kind)

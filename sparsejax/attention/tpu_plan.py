@@ -3,6 +3,10 @@
 Axes of the kernels: o parts that share a list, r blocks of a list, q and k rows of a
 block. Parts are batch elements and heads that follow the same lists; those with lists
 of their own, and the blocks of each, are the rows of one list.
+
+This is the order "b h t c": XLA then writes the arrays that way where they are made,
+and a cache of keys in a loop is kept that way. Reading "b s (g c)" in place instead,
+without heads outside, costs a copy at every step, for no tile of memory spans heads.
 """
 
 from typing import NamedTuple
@@ -19,7 +23,7 @@ __all__ = ["SUBLANES", "Limit", "Plan", "pad", "plan_of"]
 
 PAIRS = 130_000  # that fit into the scalar memory of every generation
 PACKED = 512  # queries of a block, as far as heads are packed into it
-SUBLANES, LANES = 8, 128  # of a vector register; blocks are padded to whole sublanes
+SUBLANES = 8  # of a vector register; blocks are padded to whole ones
 
 
 class Limit(NamedTuple):
@@ -32,16 +36,18 @@ class Limit(NamedTuple):
 class Plan(NamedTuple):
     """How "b t h c" and "b s g c" become the kernels' parts and blocks."""
 
+    batches: tuple[int, int]  # that share lists, times those with lists of their own
     heads: tuple[int, int, int]  # sharing lists, with own lists, packed into a block
+    keys: tuple[int, int]  # key heads of different parts, times those of one
     height: int  # rows of a query block
-    in_place: bool  # whether keys and values are read where they are
+    depth: int  # rows of a key block
     tiling: Tiling
     rows: Limit
     columns: Limit
 
     def queries(self, x: Array, fill: float = 0.0) -> Array:
         """[b, t, h, c] to [o, r, q, c]."""
-        (apart, own), (outer, inner, packed) = self.tiling.batches, self.heads
+        (apart, own), (outer, inner, packed) = self.batches, self.heads
         rows, block_q = self.tiling.rows, self.tiling.block_q
         x = pad(x, 1, rows * block_q, fill)
         x = x.reshape(apart, own, rows, block_q, outer, inner, packed, -1)
@@ -51,7 +57,7 @@ class Plan(NamedTuple):
 
     def from_queries(self, x: Array, shape: tuple[int, ...]) -> Array:
         """[o, r, q, c] to [b, t, h, c]."""
-        (apart, own), (outer, inner, packed) = self.tiling.batches, self.heads
+        (apart, own), (outer, inner, packed) = self.batches, self.heads
         rows, block_q = self.tiling.rows, self.tiling.block_q
         x = x[:, :, : packed * block_q]
         x = x.reshape(apart, outer, own, inner, rows, packed, block_q, -1)
@@ -60,17 +66,17 @@ class Plan(NamedTuple):
 
     def kv(self, x: Array) -> Array:
         """[b, s, g, c] to [o, r, k, c]."""
-        (apart, own), (outer, inner) = self.tiling.batches, self.tiling.keys
+        (apart, own), (outer, inner) = self.batches, self.keys
         columns, block_kv = self.tiling.columns, self.tiling.block_kv
         x = pad(x, 1, columns * block_kv)
         x = x.reshape(apart, own, columns, block_kv, outer, inner, -1)
         x = x.transpose(0, 4, 1, 5, 2, 3, 6)
         x = x.reshape(apart * outer, own * inner * columns, block_kv, -1)
-        return pad(x, 2, self.tiling.depth)
+        return pad(x, 2, self.depth)
 
     def from_kv(self, x: Array, shape: tuple[int, ...]) -> Array:
         """[o, r, k, c] to [b, s, g, c]."""
-        (apart, own), (outer, inner) = self.tiling.batches, self.tiling.keys
+        (apart, own), (outer, inner) = self.batches, self.keys
         columns, block_kv = self.tiling.columns, self.tiling.block_kv
         x = x[:, :, :block_kv].reshape(apart, outer, own, inner, columns, block_kv, -1)
         x = x.transpose(0, 2, 4, 5, 1, 3, 6)
@@ -85,7 +91,7 @@ def plan_of(
     Raises:
         ValueError: if its lists do not fit the chip, however they are cut.
     """
-    (b, _, h, c), g, grid = q.shape, k.shape[2], mask.grid
+    (b, _, h, _), g, grid = q.shape, k.shape[2], mask.grid
     own, inner = mask.ids.shape[:2]
     packed = 1
     if mask.elements is not None:
@@ -99,27 +105,23 @@ def plan_of(
     heads = (h // packed, 1, packed) if shared else (1, h, 1)
     keys = (g, 1) if shared else (1, g)
     tiling = Tiling(
-        batches=(b // own, own),
         heads=inner,
-        keys=keys,
         rows=grid.rows,
         columns=grid.columns,
         block_q=grid.block_q,
         block_kv=grid.block_kv,
-        depth=_round_up(grid.block_kv),
         kv_len=grid.kv_len,
         scale=scale,
         softcap=softcap,
         rules=mask.patterns,
     )
-    # Blocks of memory begin and end where its tiles do; 32 bytes by 128 lanes.
-    whole = grid.kv_len % grid.block_kv == 0
-    in_place = whole and grid.block_kv * k.dtype.itemsize % 32 == 0
     rows, columns = _limits(mask, own * inner, own * keys[1])
     return Plan(
+        batches=(b // own, own),
         heads=heads,
+        keys=keys,
         height=_round_up(packed * grid.block_q),
-        in_place=in_place and (c % LANES == 0 or g == 1),
+        depth=_round_up(grid.block_kv),
         tiling=tiling,
         rows=rows,
         columns=columns,

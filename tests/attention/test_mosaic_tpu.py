@@ -125,17 +125,6 @@ def test_heads_that_do_not_fit_into_one_block_are_walked_in_turn(key, monkeypatc
     assert_equal_trees(run(q, k, v, mask), expected)
 
 
-@pytest.mark.parametrize(("g", "c", "lists"), [(1, 8, (2, 4)), (2, 128, (1, 1))])
-def test_whole_blocks_of_keys_are_read_where_they_are(g, c, lists, key):
-    q, k, v = arrays(key, s=32, g=g, c=c)
-    ids, count = chosen(*lists, 3, width=3)
-    mask = BlockMask.from_blocks(
-        ids, count, **SIZES | {"kv_len": 32}, pattern=causal(), q_offset=10
-    )
-    expected = both(q, k, v, mask, implementation="reference")
-    assert_equal_trees(run(q, k, v, mask), expected)
-
-
 @pytest.mark.parametrize("name", ["causal", "blocks"])
 def test_long_lists_are_walked_in_several_calls(name, key, monkeypatch):
     q, k, v = arrays(key)

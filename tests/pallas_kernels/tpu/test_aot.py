@@ -97,3 +97,37 @@ def test_every_case_compiles_for_every_generation(generation, name):
     target = describe(f"tpu:{generation}:{GENERATIONS[generation]}")
     compiled = compiled_for(target.devices[0], CASES[name])
     assert compiled.as_text().count("tpu_custom_call") >= 3
+
+
+@pytest.mark.aot
+def test_a_loop_that_decodes_keeps_its_cache_as_the_kernels_read_it():
+    device = describe(f"tpu:v5e:{GENERATIONS['v5e']}").devices[0]
+    mesh = Mesh(np.array([device]), "b")
+    case, whole = CASES["decode"], NamedSharding(mesh, PartitionSpec())
+    x = shapes_of(case, whole)
+
+    def step(_, state):
+        q, k, v, offset = state
+        mask = BlockMask.from_pattern(
+            causal(),
+            q_len=1,
+            kv_len=case.length,
+            block_q=1,
+            block_kv=case.block_kv,
+            q_offset=offset,
+        )
+        q = block_sparse_attention_and_lse(q, k, v, mask).values
+        put = jax.lax.dynamic_update_slice_in_dim
+        k, v = (put(c, q[:, :, : c.shape[2]], offset, axis=1) for c in (k, v))
+        return q, k, v, offset + 1
+
+    def decode(*state):
+        return jax.lax.fori_loop(0, 100, step, state)
+
+    offset = jax.ShapeDtypeStruct((), "int32", sharding=whole)
+    with jax.set_mesh(mesh):
+        traced = jax.jit(decode).trace(x["q"], x["k"], x["k"], offset)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert "tpu_custom_call" in compiled.as_text()
+    cache = 2 * x["k"].size  # bytes of the keys
+    assert compiled.memory_analysis().temp_size_in_bytes < cache / 10
