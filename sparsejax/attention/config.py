@@ -136,7 +136,7 @@ class AttentionConfig:
         rule = (
             "a selector chooses among all keys; set pattern=causal, without arguments"
         )
-        plain = self.pattern == "causal" and not self.arguments
+        plain = PATTERNS[self.pattern] is causal and not self.arguments
         plain = plain or METHODS[self.selector].patterned
         require(plain, "pattern", self.pattern, rule)
         try:

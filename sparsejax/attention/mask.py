@@ -30,7 +30,7 @@ Counts = Int[Array, "b h i"] | Int[np.ndarray, "b h i"]
 Scalar = Int[Array, ""] | Int[np.ndarray, ""] | np.int32
 Choice = Int[Array, " h"] | Int[np.ndarray, " h"] | None
 Elements = Bool[Array, "_ _ t s"] | Bool[np.ndarray, "_ _ t s"] | None
-Grants = Bool[Array, "_ _ t j"] | Bool[np.ndarray, "_ _ t j"] | None
+Grants = Bool[Array, "_ _ t _"] | Bool[np.ndarray, "_ _ t _"] | None
 Dense = Bool[Array, "*b t s"] | Bool[np.ndarray, "*b t s"]
 
 _STATIC = ("patterns", "block_q", "block_kv", "q_len", "kv_len")
@@ -294,21 +294,24 @@ class BlockMask:
         cover = ls.Cover((cut > ls.EMPTY).any((3, 5)), whole.all((3, 5)))
         width = min(rows * self.ids.shape[-1], grid.columns)
         table = ls.clipped(ls.ordered(ls.as_kinds(cover)), capacity or width)
-        tables: dict[str, Any] = table._asdict() | {"grants": None}
-        granted = kinds.repeat(self.block_q, 2)
-        if self.grants is not None:
-            given = jnp.pad(self.grants, _edges(self.grants, granted))
-            granted = jnp.where(given | (granted == ls.FULL), granted, jnp.int8(0))
-        granted = granted > ls.EMPTY
-        if block_kv == self.block_kv:
-            tables["grants"] = granted
-        else:
-            elements = granted.repeat(self.block_kv, 3)
-            if self.elements is not None:
-                allowed = jnp.pad(self.elements, _edges(self.elements, elements))
-                elements = elements & allowed
-            tables["elements"] = elements
-        return self.replace(**tables, block_q=block_q, block_kv=block_kv)
+        grants, elements = self._granted(kinds), self.elements
+        if elements is not None:
+            shape = grants.shape[2], grid.columns * block_kv
+            elements = jnp.pad(elements, _edges(elements, shape))
+        if block_kv > self.block_kv:
+            fine = grants.repeat(self.block_kv, 3)
+            grants, elements = None, fine if elements is None else fine & elements
+        changes = {"grants": grants, "elements": elements}
+        changes |= {"block_q": block_q, "block_kv": block_kv}
+        return self.replace(**table._asdict(), **changes)
+
+    def _granted(self, kinds: Array) -> Array:
+        """Whether a query may read a block at all, "b h t j", from padded ``kinds``."""
+        kinds = kinds.repeat(self.block_q, 2)
+        if self.grants is None:
+            return kinds > ls.EMPTY
+        given = jnp.pad(self.grants, _edges(self.grants, kinds.shape[2:]))
+        return (kinds == ls.FULL) | ((kinds > ls.EMPTY) & given)
 
     def to_dense(self) -> Bool[Array, "b h t s"]:
         """Which query reads which key, element by element."""
@@ -371,9 +374,9 @@ def _unflatten(static: Any, leaves: Any) -> BlockMask:
 jax.tree_util.register_pytree_with_keys(BlockMask, _flatten, _unflatten)
 
 
-def _edges(x: Any, target: Any) -> list[tuple[int, int]]:
-    """Padding that makes the last two axes of ``x`` as long as the target's."""
-    ends = zip(x.shape[2:], target.shape[2:], strict=True)
+def _edges(x: Any, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Padding that gives the last two axes of ``x`` this shape."""
+    ends = zip(x.shape[2:], shape, strict=True)
     return [(0, 0), (0, 0), *((0, n - m) for m, n in ends)]
 
 

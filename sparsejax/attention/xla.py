@@ -4,8 +4,9 @@ No score matrix exists, the time follows the listed keys, and the backward pass 
 and dV in place. Three paths, by the mask's blocks: the usual one, here, walks the lists
 row by row, ``ids[:full]`` without and ``ids[full:count]`` with the element rule, with
 an online softmax. Where every query has a list of its own, ``key_major`` makes tiles of
-the queries that read the same block. Where blocks are single keys or nearly so,
-``gathered`` fetches each row's keys.
+the queries that read the same block. Where blocks are single keys or nearly so, or the
+queries few, ``gathered`` fetches each row's keys. To fetch one costs as much as to see
+some twenty in a dense tile, so longer lists of single keys become tiles with elements.
 """
 
 import functools
@@ -36,6 +37,9 @@ from sparsejax.typing import Array, Float
 __all__ = ["xla"]
 
 SMALL_Q, SMALL_KV = 8, 16  # blocks below these are gathered, not walked
+FETCH = 16  # keys of a dense tile that cost as much as one that is fetched
+TILE = 128
+ELEMENTS = 2**29  # bytes that the rule of such tiles may take
 
 
 def xla(
@@ -52,6 +56,7 @@ def xla(
     """Softmax over the live blocks; values come back in float32."""
     if segments is not None:
         mask = restrict(mask, segments)
+    mask = suited(mask)
     bias = None if bias is None else bias.mT[..., None]
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
     q, k, v, bias = _alike((q, k, v, bias), q, k, v, mask, segments, bias)
@@ -60,11 +65,24 @@ def xla(
 
 def path(mask: BlockMask) -> Any:
     """The pair of passes that suits a mask's blocks."""
-    if mask.block_kv < SMALL_KV:
-        return gathered.forward, gathered.backward
-    if mask.block_q < SMALL_Q and mask.grid.rows > SMALL_Q:
+    few = mask.block_q < SMALL_Q
+    if few and mask.block_kv >= SMALL_KV and mask.grid.rows > SMALL_Q:
         return key_major.forward, key_major.backward
+    narrow = mask.ids.shape[-1] < mask.grid.columns
+    if mask.block_kv < SMALL_KV or (few and narrow):
+        return gathered.forward, gathered.backward
     return _forward, _backward
+
+
+def suited(mask: BlockMask) -> BlockMask:
+    """Make tiles of lists of single keys, where fetching these would cost more."""
+    few = mask.grid.rows <= SMALL_Q or mask.block_kv >= SMALL_KV
+    seldom = FETCH * mask.ids.shape[-1] < mask.grid.columns
+    elements = mask.ids.shape[0] * mask.ids.shape[1] * mask.q_len * mask.kv_len
+    if few or seldom or elements > ELEMENTS:
+        return mask
+    blocks = [max(1, TILE // n) * n for n in (mask.block_q, mask.block_kv)]
+    return mask.coarsened(blocks[0], block_kv=blocks[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))

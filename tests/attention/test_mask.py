@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.attention import PATTERNS, BlockMask, Segments, causal, sliding_window
+from sparsejax.attention import (
+    PATTERNS,
+    BlockMask,
+    Segments,
+    block_sparse_attention,
+    causal,
+    sliding_window,
+)
 from sparsejax.attention.lists import kind_map
 from sparsejax.attention.restrict import restrict
 from tests.attention.test_patterns import EXAMPLES, expressions
@@ -208,6 +215,18 @@ def test_coarser_blocks_show_the_same_elements(fine, coarse, seed):
     np.testing.assert_array_equal(found.to_dense(), mask.to_dense())
     again = found.coarsened(8, block_kv=2 * found.block_kv)
     np.testing.assert_array_equal(again.to_dense(), mask.to_dense())
+
+
+@pytest.mark.parametrize("block_kv", [None, 12])
+def test_coarser_blocks_keep_the_rule_of_elements(block_kv):
+    live = np.random.default_rng(0).random((2, 21, 27)) < 0.2
+    mask = BlockMask.from_dense(live, block_q=3, block_kv=6)
+    found = mask.coarsened(12, block_kv=block_kv)
+    np.testing.assert_array_equal(found.to_dense()[0], live)
+    q, k = jnp.ones((1, 21, 2, 4)), jnp.ones((1, 27, 2, 4))
+    expected = live.any(-1).T[None, :, :, None] * np.ones((1, 21, 2, 4))
+    values = block_sparse_attention(q, k, k, found)
+    np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
 def test_a_coarse_row_has_a_full_block_where_all_its_queries_have():

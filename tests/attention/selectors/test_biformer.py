@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.attention.selectors.biformer import BiFormer, biformer
 from tests.attention.selecting import (
     CLOSE,
     WIDTH,
     T,
     arrays,
     layer,
-    selected,
     unconvolved,
     value,
 )
@@ -18,7 +18,7 @@ from tests.attention.selecting import (
 
 def test_regions_choose_by_their_means(key):
     q, k, _ = arrays(key, b=1)
-    kinds = np.asarray(selected("biformer", q, k, top=2).kinds())[0, 0] > 0
+    kinds = np.asarray(biformer(q, k, block_kv=4, top=2).kinds())[0, 0] > 0
     ours = np.asarray(q)[0].reshape(6, 4, 4, 8).mean(1)
     theirs = np.asarray(k)[0].reshape(6, 4, 2, 8).mean(1).repeat(2, 1)
     scores = np.einsum("ihc,jhc->ij", ours, theirs)
@@ -31,6 +31,7 @@ def test_regions_choose_by_their_means(key):
 def test_the_convolution_adds_the_neighbours_values(key):
     x = jax.random.normal(key, (1, T, WIDTH))
     model = layer("biformer", {"taps": 3})
+    assert isinstance(model.mixer, BiFormer)
     v = model._project(x, jnp.arange(T, dtype="int32")[None], None, None)[2]
     taps = model.mixer.taps[...]
     both = value(model, x)

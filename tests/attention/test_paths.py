@@ -1,0 +1,55 @@
+"""Which way the XLA path goes is decided by the blocks, and changes no value."""
+
+import numpy as np
+import pytest
+
+from sparsejax.attention import BlockMask, full, sliding_window
+from tests.attention.test_operation import (
+    MASKS,
+    PATHS,
+    arrays,
+    assert_equal_trees,
+    both,
+    xla,
+)
+
+
+@pytest.mark.parametrize("name", ["tokens", "dense_all", "heads"])
+def test_tiles_of_single_keys_equal_the_reference(name, key, monkeypatch):
+    q, k, v = arrays(key)
+    monkeypatch.setattr(xla, "SMALL_Q", 2)
+    mask = MASKS[name]()
+    assert xla.suited(mask).block_kv == 128
+    fast = both(q, k, v, mask, implementation="xla")
+    assert_equal_trees(fast, both(q, k, v, mask, implementation="reference"))
+
+
+def test_few_and_distant_keys_are_fetched():
+    sizes = {"q_len": 512, "kv_len": 512, "block_q": 1, "block_kv": 1}
+    ids, count = np.zeros((1, 1, 512, 31), "int32"), np.ones((1, 1, 512), "int32")
+    seldom = BlockMask.from_blocks(ids, count, **sizes)
+    assert xla.suited(seldom) is seldom
+    often = BlockMask.from_blocks(np.pad(ids, [(0, 0)] * 3 + [(0, 1)]), count, **sizes)
+    assert xla.suited(often).block_q == 128
+
+
+@pytest.mark.parametrize(
+    ("block_q", "block_kv", "q_len", "expected"),
+    [
+        (128, 128, 512, "rows"),
+        (1, 128, 1, "rows"),
+        (1, 128, 512, "key_major"),
+        (1, 1, 512, "gathered"),
+        (1, 1, 1, "gathered"),
+    ],
+)
+def test_the_blocks_of_a_mask_decide_the_path(block_q, block_kv, q_len, expected):
+    blocks = {"block_q": block_q, "block_kv": block_kv}
+    mask = BlockMask.from_pattern(full(), q_len=q_len, kv_len=512, **blocks)
+    assert xla.path(mask) == PATHS[expected]
+
+
+def test_a_query_that_reads_few_blocks_fetches_them():
+    blocks = {"q_len": 1, "kv_len": 512, "block_q": 1, "block_kv": 128}
+    mask = BlockMask.from_pattern(sliding_window(9), **blocks, q_offset=300)
+    assert xla.path(mask) == PATHS["gathered"]
