@@ -10,7 +10,7 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -235,7 +235,7 @@ def _scratch(plan: Plan, traffic: Traffic) -> tuple[Plan, dict[str, Any]]:
         tiles["free_" + names[0]] = plgpu.Barrier(
             num_arrivals=groups, num_barriers=slots
         )
-    return Plan(**vars(plan) | {"slots": slots}), tiles
+    return replace(plan, slots=slots), tiles
 
 
 def _check(plan: Plan) -> None:
