@@ -16,6 +16,7 @@ from sparsejax.attention.rows import (
     alike,
     backward_rows,
     key_segments,
+    pad,
     product,
     table,
     taken,
@@ -34,37 +35,56 @@ class _Fetched:
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.row = inputs, table(inputs)
         self.numbers = key_segments(inputs)
-        kv = jax.tree.map(inputs.layout.kv_rows, inputs[1:4])
-        self.kv = jax.tree.map(lambda x: x.transpose(1, 2, 0, 3, 4), kv)
-        b, g, self.blocks, width, c = self.kv[0].shape
+        # Where they lie: moving all keys would cost more than fetching a few.
+        self.kv = jax.tree.map(self.in_place, inputs[1:4])
         self.rows, places = self.row.ids.shape
+        _, b, _, width, _, g, c = self.kv[0].shape
         each = b * g * places * width * c
         self.chunk = max(1, min(self.rows, CHUNK // max(1, each)))
 
-    def at(self, n: Array) -> tuple[Array, Array]:
-        """Blocks of some rows among all blocks, [M, P], and which are live."""
-        place = jnp.arange(self.row.ids.shape[1], dtype="int32")[None]
-        live = place < self.row.count[n][:, None]
-        at = self.row.key_base[n][:, None] + self.row.ids[n]
-        return jnp.where(live, at, self.blocks), live
+    def in_place(self, x: Array) -> Array:
+        """[b, s, g, c] as [batches, B, columns, K, key heads, G, c]."""
+        b, _, g, c = x.shape
+        layout = self.inputs.layout
+        x = pad(x, 1, layout.columns * layout.block_kv)
+        x = x.reshape(layout.batches, b // layout.batches, layout.columns, -1, g, c)
+        return x.reshape(*x.shape[:4], layout.keys, g // layout.keys, c)
 
-    def fetch(self, at: Array) -> Any:
+    def at(self, n: Array) -> tuple[Any, Array]:
+        """Where the blocks of some rows are, each [M, P], and which are live."""
+        layout, place = self.inputs.layout, jnp.arange(self.row.ids.shape[1])
+        live = place[None] < self.row.count[n][:, None]
+        column = jnp.where(live, self.row.ids[n], layout.columns)
+        batch, head = jnp.divmod(self.row.key_base[n] // layout.columns, layout.keys)
+        return (batch[:, None], column, head[:, None]), live
+
+    def fetch(self, at: Any) -> Any:
         """[B, G, M, P * K, c] of keys, values and biases; 0 where a list ended."""
+        batch, column, head = at
 
         def take(x: Array) -> Array:
-            x = x.at[:, :, at].get(mode="fill", fill_value=0)
+            x = x.at[batch, :, column, :, head].get(mode="fill", fill_value=0)
+            x = x.transpose(2, 4, 0, 1, 3, 5)
             return x.reshape(*x.shape[:3], -1, x.shape[-1])
 
         return jax.tree.map(take, self.kv)
 
-    def logits(self, n: Array, at: Array, live: Array, queries: Array, kv: Any) -> Any:
+    def added(self, total: Array, parts: Array, at: Any) -> Array:
+        """Add what ``fetch`` would give to where it came from."""
+        batch, column, head = at
+        width = self.inputs.mask.block_kv
+        parts = parts.reshape(*parts.shape[:3], -1, width, parts.shape[-1])
+        parts = parts.transpose(2, 3, 0, 4, 1, 5)
+        return total.at[batch, :, column, :, head].add(parts, mode="drop")
+
+    def logits(self, n: Array, at: Any, live: Array, queries: Array, kv: Any) -> Any:
         """Logits [M, B, G, Q, P * K], -inf where hidden, and their slope."""
         inputs, (keys, _, biases) = self.inputs, kv
         logits = inputs.score.logits(product(queries, keys, "mbgqc,bgmkc->mbgqk"))
         slope = inputs.score.slope(logits)
         if biases is not None:
             logits = logits + biases.transpose(2, 0, 1, 4, 3)
-        ids = jnp.where(live, at % inputs.layout.columns, 0)
+        ids = jnp.where(live, at[1], 0)
         place = jnp.arange(ids.shape[1], dtype="int32")[None]
         whole = place < self.row.full[n][:, None]
         allowed = visible(inputs, taken(self.row, n), self.numbers, ids, whole)
@@ -116,7 +136,6 @@ def forward(inputs: Inputs) -> Attended:
 def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
     """Fetch the same keys again; dK and dV are added where they came from."""
     fetched, dtype = _Fetched(inputs), inputs.q.dtype
-    width = inputs.mask.block_kv
 
     def visit(carry: Any, n: Array, fresh: Array, arrays: Any) -> Any:
         queries, dout, delta, lse = arrays
@@ -134,16 +153,17 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
             else dlogits.sum(axis=3).transpose(1, 2, 0, 3)[..., None],
         )
 
-        def add(total: Array, parts: Array) -> Array:
-            split = (*parts.shape[:3], -1, width, parts.shape[-1])
-            return total.at[:, :, at].add(parts.reshape(split), mode="drop")
-
-        return jax.tree.map(add, carry, dkv), product(
-            dscores, kv[0], "mbgqk,bgmkc->mbgqc"
-        )
+        carry = jax.tree.map(lambda x, y: fetched.added(x, y, at), carry, dkv)
+        return carry, product(dscores, kv[0], "mbgqk,bgmkc->mbgqc")
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), fetched.kv)
     zeros = alike(zeros, inputs, cotangent)
     arrays = backward_rows(inputs, attended, cotangent)
     dkv, dq = fetched.scan(visit, zeros, arrays)
-    return dq, *jax.tree.map(lambda x: x.transpose(2, 0, 1, 3, 4), dkv)
+    layout = inputs.layout
+
+    def as_rows(x: Array, like: Array) -> Array:
+        whole = like.shape[0], layout.columns * layout.block_kv, *like.shape[2:]
+        return layout.kv_rows(x.reshape(whole))
+
+    return dq, *jax.tree.map(as_rows, dkv, inputs[1:4])
