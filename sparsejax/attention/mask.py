@@ -283,11 +283,8 @@ class BlockMask:
                 f"blocks of {block_q} x {block_kv} are not made of whole blocks of"
                 f" {self.block_q} x {self.block_kv}"
             )
-        edge = grid.rows * rows - self.grid.rows, grid.columns * columns
-        kinds = jnp.pad(
-            self.kinds(),
-            [(0, 0), (0, 0), (0, edge[0]), (0, edge[1] - self.grid.columns)],
-        )
+        fine, shape = self.kinds(), (grid.rows * rows, grid.columns * columns)
+        kinds = jnp.pad(fine, _edges(fine, shape))
         cut = kinds.reshape(*kinds.shape[:2], grid.rows, rows, grid.columns, columns)
         past = jnp.arange(grid.rows * rows).reshape(grid.rows, rows) >= self.grid.rows
         whole = (cut == ls.FULL) | past[None, None, :, :, None, None]
@@ -301,9 +298,10 @@ class BlockMask:
         if block_kv > self.block_kv:
             fine = grants.repeat(self.block_kv, 3)
             grants, elements = None, fine if elements is None else fine & elements
-        changes = {"grants": grants, "elements": elements}
-        changes |= {"block_q": block_q, "block_kv": block_kv}
-        return self.replace(**table._asdict(), **changes)
+        blocks = {"block_q": block_q, "block_kv": block_kv}
+        return self.replace(
+            **table._asdict(), **blocks, grants=grants, elements=elements
+        )
 
     def _granted(self, kinds: Array) -> Array:
         """Whether a query may read a block at all, "b h t j", from padded ``kinds``."""

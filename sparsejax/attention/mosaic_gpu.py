@@ -20,7 +20,7 @@ from pallas_kernels import gpu
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.restrict import restrict
-from sparsejax.attention.xla import _alike
+from sparsejax.attention.rows import alike
 from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.typing import Array, Float
 
@@ -53,7 +53,7 @@ def mosaic_gpu(
     if segments is not None:
         mask = restrict(mask, segments)
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
-    q, k, v, bias = _alike((q, k, v, bias), q, k, v, mask, segments, bias)
+    q, k, v, bias = alike((q, k, v, bias), q, k, v, mask, segments, bias)
     if scale <= 0:  # the kernels' running maximum wants a positive factor
         q, scale = q * (-1 if scale else 0), abs(scale) or 1.0
     score = gpu.Score(scale=scale, softcap=softcap, biased=bias is not None)
@@ -254,7 +254,7 @@ def _forward(q, k, v, bias, mask, segments, score: gpu.Score) -> Attended:
     lse = layout.unfolded(lse.mT[..., None], 1)[..., 0].mT
     attended = Attended(layout.unfolded(values, q.shape[3]), lse / LOG2E)
     # Kernels do not say over which mesh axes their results vary.
-    return _alike(attended, q, k, v, bias, mask, segments)
+    return alike(attended, q, k, v, bias, mask, segments)
 
 
 def _merged(values: Array, lse: Array, splits: int) -> tuple[Array, Array]:
@@ -307,7 +307,7 @@ def _attend_backward(score: gpu.Score, saved, cotangent: Attended):
     keys = gpu.key_gradients(arrays, _lists(mask.transpose()), plan=plan, **run)
     dk, dv = (keys[name][:, : k.shape[1], :, :c] for name in ("dk", "dv"))
     dbias = keys["dbias"][:, :, : k.shape[1]] if score.biased else None
-    slopes = _alike((dq[:, : q.shape[1], :, :c], dk, dv, dbias), q, k, v, cotangent)
+    slopes = alike((dq[:, : q.shape[1], :, :c], dk, dv, dbias), q, k, v, cotangent)
     return *slopes, None, None
 
 

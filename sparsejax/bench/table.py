@@ -9,7 +9,7 @@ import datetime
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def markdown(rows: list[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+def markdown(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """Lay rows out as a Markdown table; ``columns`` maps keys to headings."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + "---|" * len(columns)]
     lines += [

@@ -85,7 +85,8 @@ def test_no_listed_block_of_a_named_pattern_is_empty(name):
     some = dense(pattern, q_len=24, kv_len=24).reshape(6, 4, 6, 4).any((1, 3))
     extra = (np.asarray(mask.kinds())[0, 0] > 0) & ~some
     # Below the diagonal a stride and a tail are judged apart from "past": rarely both.
-    assert extra.sum() <= (2 if name in ("strided", "fixed") else 0)
+    # BigBird speaks of blocks of 2 here, and where these draw is not seen from afar.
+    assert extra.sum() <= {"strided": 2, "fixed": 2, "bigbird": 3}.get(name, 0)
 
 
 def test_a_tuple_of_patterns_gives_each_head_its_own():

@@ -21,6 +21,7 @@ from sparsejax.attention import (
     key_major,
     sliding_window,
     strided,
+    walked,
 )
 from sparsejax.attention.patterns import Cover, Span
 
@@ -151,7 +152,7 @@ SEGMENTS = Segments(
 
 
 PATHS = {
-    "rows": (xla._forward, xla._backward),
+    "rows": (walked.forward, walked.backward),
     "key_major": (key_major.forward, key_major.backward),
     "gathered": (gathered.forward, gathered.backward),
 }

@@ -1,0 +1,223 @@
+"""Attention over lists of blocks: every row walks its own, some blocks at a step.
+
+A row is (batch or 1, head or 1, query block); it takes the blocks of ``ids[:full]``
+without and those up to ``count`` with the element rule, under an online softmax. A step
+takes several blocks, because each operation of XLA costs some microseconds however
+small it is; places after the end of a list repeat its last block and are hidden. The
+backward pass walks the same lists and adds dK and dV in place.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from sparsejax.attention.attended import Attended
+from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.rows import (
+    FLOOR,
+    Inputs,
+    Row,
+    alike,
+    backward_rows,
+    key_segments,
+    product,
+    table,
+)
+from sparsejax.typing import Array
+
+__all__ = ["backward", "forward"]
+
+TILE = 2**19  # logits of a step: as many as stay near the core
+MOST = 8  # blocks of a step
+OVERHEAD = 0.7  # of a step, in blocks of 128 x 128 with four heads
+RULED = 1.5  # what a block with a rule costs, in blocks without
+
+
+def strides(mask: BlockMask, rows: int) -> tuple[int, int]:
+    """Choose how many blocks a step takes: of full ones, and of those left over.
+
+    Few steps are good, and so are few places for nothing.
+
+    Args:
+        rows: query positions times heads and batch elements of a row.
+    """
+    widest = min(MOST, mask.ids.shape[-1], TILE // (rows * mask.block_kv))
+    choices = range(1, max(1, widest) + 1)
+    if isinstance(mask.count, Tracer):
+        return min(4, choices[-1]), min(2, choices[-1])
+    count, full = np.asarray(mask.count), np.asarray(mask.full)
+    overhead = OVERHEAD * 2**16 / (rows * mask.block_kv)
+
+    def cost(pair: tuple[int, int]) -> float:
+        steps = full // pair[0]
+        rest = -(-(count - steps * pair[0]) // pair[1])
+        ruled = RULED * pair[1] + overhead
+        return float(steps.sum() * (pair[0] + overhead) + rest.sum() * ruled)
+
+    return min(itertools.product(choices, choices), key=cost)
+
+
+class _Steps:
+    """The blocks that a row takes at a step, and what it sees of them."""
+
+    def __init__(self, inputs: Inputs, rows: int) -> None:
+        self.inputs, self.numbers = inputs, key_segments(inputs)
+        self.strides = strides(inputs.mask, rows)
+        self.kv = jax.tree.map(inputs.layout.kv_rows, inputs[1:4])
+
+    def walk(self, row: Row, step: Any, state: Any) -> Any:
+        """Take all steps of a row: ``step(blocks, what they let be seen, state)``."""
+        wide, narrow = self.strides
+        steps = row.full // wide
+        done = steps * wide
+
+        def plain(n: Array, state: Any) -> Any:
+            first = n * wide
+            return step([row.ids[first + place] for place in range(wide)], None, state)
+
+        def ruled(n: Array, state: Any) -> Any:
+            places = [done + n * narrow + place for place in range(narrow)]
+            # After the end the last block comes again, hidden.
+            ids = [row.ids[jnp.minimum(place, row.count - 1)] for place in places]
+            return step(ids, self.visible(row, jnp.stack(places), ids), state)
+
+        state = jax.lax.fori_loop(0, steps, plain, state)
+        return jax.lax.fori_loop(0, -(-(row.count - done) // narrow), ruled, state)
+
+    def tiles(self, row: Row, ids: list[Array]) -> Any:
+        """Keys, values and biases of some blocks, [B, G, K, c]."""
+
+        def of(x: Array) -> Array:
+            return jnp.concatenate([x[row.key_base + block] for block in ids], axis=2)
+
+        return jax.tree.map(of, self.kv)
+
+    def added(self, row: Row, ids: list[Array], total: Any, tiles: Any) -> Any:
+        """Add the tiles of some blocks where they came from."""
+
+        def add(total: Array, tile: Array) -> Array:
+            parts = jnp.split(tile, len(ids), axis=2)
+            for block, part in zip(ids, parts, strict=True):
+                total = total.at[row.key_base + block].add(part)
+            return total
+
+        return jax.tree.map(add, total, tiles)
+
+    def logits(self, allowed: Any, queries: Array, kv: Any) -> tuple[Array, Any]:
+        """Logits [B, G, Q, K], -inf where hidden, and their slope by the products."""
+        score, (keys, _, biases) = self.inputs.score, kv
+        logits = score.logits(product(queries, keys, "bgqc,bgkc->bgqk"))
+        slope = score.slope(logits)
+        logits = logits if biases is None else logits + biases.mT
+        if allowed is None:
+            return logits, slope
+        split = (*logits.shape[:2], -1, *allowed.shape[-2:])
+        hidden = jnp.where(allowed, logits.reshape(split), -jnp.inf)
+        return hidden.reshape(logits.shape), slope
+
+    def visible(self, row: Row, place: Array, ids: list[Array]) -> Array:
+        """The element rule of a step's blocks, [B, 1, 1, block_q, K]."""
+        mask = self.inputs.mask
+        bq, bk = mask.block_q, mask.block_kv
+        live, whole = place < row.count, place < row.full
+
+        def beside(parts: list[Array]) -> Array:
+            return jnp.concatenate(parts, axis=-1)
+
+        def cut(x: Array) -> Array:
+            cuts = [jax.lax.dynamic_slice_in_dim(x, b * bk, bk, axis=-1) for b in ids]
+            return beside(cuts)
+
+        i = row.top + jnp.arange(bq, dtype="int32")[:, None]
+        lane = jnp.arange(bk, dtype="int32")
+        j = beside([block * bk + lane for block in ids])[None]
+        allowed = jnp.broadcast_to(j < mask.kv_len, (bq, j.shape[1]))
+        if row.choice is not None:
+            branches = [functools.partial(p, i, j) for p in mask.patterns]
+            allowed = allowed & jax.lax.switch(row.choice, branches)
+        elif mask.patterns:
+            allowed = allowed & mask.patterns[0](i, j)
+        if row.elements is not None:
+            allowed = allowed & cut(row.elements)
+        if row.grants is not None:
+            granted = [row.grants[:, block] for block in ids]
+            allowed = allowed & jnp.stack(granted, axis=-1).repeat(bk, axis=1)
+        allowed = allowed[None]
+        if row.segments is not None and self.numbers is not None:
+            keys, own = cut(self.numbers[row.batch]), row.segments[:, :, None]
+            allowed = allowed & (own == keys[:, None, :]) & (own != 0)
+        whole, live = (x.repeat(bk)[None, None] for x in (whole, live))
+        return ((allowed | whole) & live)[:, None, None]
+
+
+def forward(inputs: Inputs) -> Attended:
+    """Attend row by row."""
+    layout, shape = inputs.layout, inputs.q.shape
+    q_rows = layout.q_rows(inputs.q, inputs.k.shape[2])
+    steps = _Steps(inputs, int(np.prod(q_rows.shape[1:4])))
+
+    def visit(carry: Any, each: Any) -> Any:
+        row, queries = each
+
+        def step(ids: list[Array], allowed: Any, state: Any) -> Any:
+            top, total, out = state
+            kv = steps.tiles(row, ids)
+            logits, _ = steps.logits(allowed, queries, kv)
+            higher = jnp.maximum(top, logits.max(axis=-1))
+            weights = jnp.exp(logits - higher[..., None])
+            kept = jnp.exp(top - higher)
+            update = product(weights.astype(kv[1].dtype), kv[1], "bgqk,bgkc->bgqc")
+            # A product with ones: for a sum XLA would compute the exponentials twice.
+            ones = jnp.ones((*weights.shape[:2], weights.shape[-1]))
+            total = total * kept + product(weights, ones, "bgqk,bgk->bgq")
+            return higher, total, out * kept[..., None] + update
+
+        lead = queries.shape[:-1]
+        start = jnp.full(lead, FLOOR), jnp.zeros(lead), jnp.zeros(queries.shape)
+        top, total, out = steps.walk(row, step, alike(start, inputs, row))
+        seen = total > 0
+        lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
+        return carry, (out / jnp.where(seen, total, 1)[..., None], lse[..., None])
+
+    _, (out, lse) = jax.lax.scan(visit, (), (table(inputs), q_rows))
+    lse = layout.from_q_rows(lse, (*shape[:3], 1))[..., 0]
+    return Attended(layout.from_q_rows(out, shape), lse.mT)
+
+
+def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
+    """Walk once more; rows of dQ, and dK, dV and the biases' gradient."""
+    arrays = backward_rows(inputs, attended, cotangent)
+    steps = _Steps(inputs, int(np.prod(arrays[0].shape[1:4])))
+    dtype = inputs.q.dtype
+
+    def visit(carry: Any, each: Any) -> Any:
+        row, queries, dout, delta, lse = each
+
+        def step(ids: list[Array], allowed: Any, state: Any) -> Any:
+            dq, total = state
+            kv = keys, values, biases = steps.tiles(row, ids)
+            logits, slope = steps.logits(allowed, queries, kv)
+            weights = jnp.exp(logits - lse)
+            dlogits = weights * (product(dout, values, "bgqc,bgkc->bgqk") - delta)
+            dscores = (dlogits * slope).astype(dtype)
+            dkv = (
+                product(dscores, queries, "bgqk,bgqc->bgkc"),
+                product(weights.astype(dtype), dout, "bgqk,bgqc->bgkc"),
+                None if biases is None else dlogits.sum(axis=2)[..., None],
+            )
+            dq = dq + product(dscores, keys, "bgqk,bgkc->bgqc")
+            return dq, steps.added(row, ids, total, dkv)
+
+        start = alike(jnp.zeros(queries.shape), inputs, cotangent)
+        dq, carry = steps.walk(row, step, (start, carry))
+        return carry, dq
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), steps.kv)
+    zeros = alike(zeros, inputs, cotangent)
+    dkv, dq = jax.lax.scan(visit, zeros, (table(inputs), *arrays))
+    return dq, *dkv
