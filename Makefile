@@ -22,7 +22,7 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
 # What changes most between lines of Python and JAX.
 COMPAT ?= tests/test_config.py tests/test_tree.py tests/test_partition.py \
-  tests/sharding $(wildcard tests/pallas_kernels) tests/attention
+  tests/sharding tests/pallas_kernels $(wildcard tests/attention/test_*.py)
 
 # $(call in,LEVEL) puts the environment's programs first; a failed set-up ends the recipe.
 in = set -e; python=$$(PYTHON='$(PYTHON)' .ci/environment $(1)); bin=$$(dirname $$python)
