@@ -63,7 +63,7 @@ def routed_heads(
 
     Energy is the mean of ``|weight * relu(q . mean key)|`` over earlier whole blocks.
 
-    Source: MISA authors 2026, arXiv:2605.07363, abstract. Departure: a query sees the
+    Source: Zhou et al. 2026, arXiv:2605.07363, abstract. Departure: a query sees the
     blocks before its own; without one the first heads are taken.
     """
     means = block_means(k, block, place)[:, :, 0]
@@ -89,7 +89,7 @@ def misa(
     Raises:
         ValueError: if ``top`` or ``candidates`` exceed the number of keys.
 
-    Source: MISA authors 2026, arXiv:2605.07363, abstract.
+    Source: Zhou et al. 2026, arXiv:2605.07363, abstract.
     """
     there = k.shape[1]
     top = place.budget("top", options.top, there, "keys")
