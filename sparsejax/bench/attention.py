@@ -103,13 +103,17 @@ def race(
     return times
 
 
-def jax_runner(attend: Callable[..., Array], work: Work) -> Callable[[], Any]:
+def compiled(attend: Callable[..., Array], work: Work) -> Any:
     """Compile one implementation for a piece of work."""
-    inputs = work.inputs()
     function = attend
     if work.backward:
         function = jax.grad(lambda q, k, v: attend(q, k, v).sum(), (0, 1, 2))
-    run = jax.jit(function).lower(*inputs).compile()
+    return jax.jit(function).lower(*work.inputs()).compile()
+
+
+def jax_runner(attend: Callable[..., Array], work: Work) -> Callable[[], Any]:
+    """Give one implementation, compiled, on a piece of work's own inputs."""
+    run, inputs = compiled(attend, work), work.inputs()
     return lambda: jax.block_until_ready(run(*inputs))
 
 
@@ -186,10 +190,7 @@ def ratio(times: Mapping[str, list[float]], above: str, below: str) -> float:
 
 def peak(work: Work) -> int:
     """Bytes that XLA sets aside for a piece of work besides its inputs and outputs."""
-    attend = ours(work.mask())
-    step = jax.grad(lambda q, k, v: attend(q, k, v).sum(), (0, 1, 2))
-    compiled = jax.jit(step).lower(*work.inputs()).compile()
-    analysis: Any = compiled.memory_analysis()
+    analysis = compiled(ours(work.mask()), work).memory_analysis()
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes
 
 

@@ -11,9 +11,9 @@ from flax import nnx
 from sparsejax.attention.context import Context, Mixed, Place
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.selection import best, region_means
-from sparsejax.attention.selectors.plain import Sizes, Work
+from sparsejax.attention.selectors.plain import Mixer, Sizes, Work
 from sparsejax.config import require
-from sparsejax.typing import Array, Float, Int
+from sparsejax.typing import Array, Float
 
 __all__ = ["BiFormer", "BiFormerOptions", "biformer"]
 
@@ -72,7 +72,7 @@ def biformer(
     )
 
 
-class BiFormer(nnx.Module):
+class BiFormer(Mixer):
     """Attention among chosen regions, plus a convolution over values.
 
     Source: Zhu et al. 2023, arXiv:2303.08810, Eq. 6. Departure: the convolution runs
@@ -85,13 +85,6 @@ class BiFormer(nnx.Module):
         taps = self.options.taps
         init = jax.random.normal(rngs.params(), (taps, g, c)) * taps**-0.5
         self.taps = nnx.Param(init, axes=f"{taps} g c")
-
-    def features(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
-    ) -> dict[str, Array]:
-        """Keep nothing."""
-        del x, positions
-        return {}
 
     def __call__(
         self,

@@ -11,9 +11,9 @@ from flax import nnx
 from sparsejax.attention.context import Context, Mixed, Place
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.selection import best, in_chunks, visible_keys
-from sparsejax.attention.selectors.plain import Sizes, Work
+from sparsejax.attention.selectors.plain import Mixer, Sizes, Work
 from sparsejax.config import require
-from sparsejax.typing import Array, Float, Int
+from sparsejax.typing import Array, Float
 
 __all__ = ["DMA", "DMAOptions", "dma"]
 
@@ -75,7 +75,7 @@ def dma(
     )
 
 
-class DMA(nnx.Module):
+class DMA(Mixer):
     """Attention whose keys carry a bias of their values, and survive by it.
 
     Source: Shi et al. 2025, arXiv:2508.02124, Eq. 5-9. Departure: the bias is ``scale *
@@ -88,13 +88,6 @@ class DMA(nnx.Module):
         init = jax.random.normal(rngs.params(), (g, c, g)) * (g * c) ** -0.5
         self.step = nnx.Param(init, axes=f"g c {g}")
         self.scale = nnx.Param(jnp.zeros(g), axes="g")
-
-    def features(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
-    ) -> dict[str, Array]:
-        """Keep nothing: the values say all."""
-        del x, positions
-        return {}
 
     def __call__(
         self,

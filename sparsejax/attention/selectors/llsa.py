@@ -17,7 +17,7 @@ from sparsejax.attention.attended import merge
 from sparsejax.attention.context import Context, Mixed, Place, listed
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.selection import products, region_means
-from sparsejax.attention.selectors.plain import Sizes, Work, everything
+from sparsejax.attention.selectors.plain import Mixer, Sizes, Work, everything
 from sparsejax.config import require
 from sparsejax.typing import Array, Float, Int
 
@@ -135,7 +135,7 @@ def _check(q: Array, k: Array, options: LLSAOptions, place: Place) -> None:
         )
 
 
-class LLSA(nnx.Module):
+class LLSA(Mixer):
     """Attention to chosen tokens and to the coarse keys on the way to them.
 
     A coarse key counts as often as the tokens it is the mean of, and stays where those
@@ -147,13 +147,6 @@ class LLSA(nnx.Module):
     def __init__(self, config: Any, sizes: Sizes, *, rngs: nnx.Rngs) -> None:
         del sizes, rngs
         self.options = config.options
-
-    def features(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
-    ) -> dict[str, Array]:
-        """Keep nothing."""
-        del x, positions
-        return {}
 
     def __call__(
         self,

@@ -9,9 +9,15 @@ from flax import nnx
 
 from sparsejax.attention.attended import merge
 from sparsejax.attention.context import Context, Mixed, Place
-from sparsejax.attention.selectors.plain import Sizes, Work, everything, pattern_mask
+from sparsejax.attention.selectors.plain import (
+    Mixer,
+    Sizes,
+    Work,
+    everything,
+    pattern_mask,
+)
 from sparsejax.config import require
-from sparsejax.typing import Array, Float, Int
+from sparsejax.typing import Array, Float
 
 __all__ = ["PersistentMemory", "PersistentMemoryOptions"]
 
@@ -31,7 +37,7 @@ class PersistentMemoryOptions:
         return Work(float(tokens * self.slots), 0.0)
 
 
-class PersistentMemory(nnx.Module):
+class PersistentMemory(Mixer):
     """Attention over the config's pattern and the memory, in one softmax.
 
     Source: Sukhbaatar et al. 2019, arXiv:1907.01470, Eq. 9-10. Departure: the
@@ -46,13 +52,6 @@ class PersistentMemory(nnx.Module):
         values = jax.random.normal(rngs.params(), (slots, g, c)) * slots**-0.5
         self.keys = nnx.Param(keys, axes=f"{slots} g c")
         self.values = nnx.Param(values, axes=f"{slots} g c")
-
-    def features(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
-    ) -> dict[str, Array]:
-        """Keep nothing: the memory is the same for every token."""
-        del x, positions
-        return {}
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.patterns import full
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["Method", "Patterned", "Selecting", "Sizes", "Work"]
+__all__ = ["Method", "Mixer", "Patterned", "Selecting", "Sizes", "Work"]
 
 
 class Sizes(NamedTuple):
@@ -46,15 +46,19 @@ class Method(NamedTuple):
     patterned: bool = False  # whether it reads what the config's pattern lets it
 
 
-class Patterned(nnx.Module):
-    """The mixer of a fixed pattern."""
+class Mixer(nnx.Module):
+    """A mixer that needs nothing of earlier tokens besides keys and values."""
 
     def features(
         self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
     ) -> dict[str, Array]:
-        """Keep nothing besides keys and values."""
+        """Keep nothing."""
         del x, positions
         return {}
+
+
+class Patterned(Mixer):
+    """The mixer of a fixed pattern."""
 
     def __call__(
         self,
@@ -77,7 +81,7 @@ class Patterned(nnx.Module):
         return mixed._replace(metrics={})
 
 
-class Selecting(nnx.Module):
+class Selecting(Mixer):
     """The mixer of a selector without parameters; its options are keywords."""
 
     def __init__(
@@ -90,13 +94,6 @@ class Selecting(nnx.Module):
     ) -> None:
         del sizes, rngs
         self.select, self.options = select, config.options
-
-    def features(
-        self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
-    ) -> dict[str, Array]:
-        """Keep nothing besides keys and values."""
-        del x, positions
-        return {}
 
     def __call__(
         self,
