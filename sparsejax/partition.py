@@ -25,11 +25,15 @@ __all__ = [
     "constrain",
     "parameter_spec",
     "per_shard",
+    "platform",
     "spec",
 ]
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 BATCH = ("data", "fsdp", "expert")
+
+# The platform of a device is told by the first word of its kind.
+MAKERS = {"TPU": "tpu", "NVIDIA": "gpu"}
 
 Rules = Mapping[str, tuple[str, ...]]
 
@@ -85,6 +89,20 @@ def _ambient() -> Any:
     if mesh.empty or math.prod(mesh.axis_sizes) == 1:
         return None
     return mesh
+
+
+def platform() -> str:
+    """``cpu``, ``gpu`` or ``tpu``: of the ambient mesh's devices, else the default.
+
+    The ambient mesh may be of devices that are not there, for compiling ahead of time.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is None:
+        return jax.default_backend()
+    kind = str(device.device_kind)
+    maker = kind.partition(" ")[0].rstrip("0123456789x")
+    return MAKERS.get(maker, kind)
 
 
 def _is_manual(mesh: Any) -> bool:

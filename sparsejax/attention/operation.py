@@ -10,9 +10,9 @@ from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.mosaic_gpu import mosaic_gpu
 from sparsejax.attention.mosaic_tpu import mosaic_tpu
 from sparsejax.attention.reference import reference
-from sparsejax.attention.target import platform
 from sparsejax.attention.xla import xla
 from sparsejax.config import near
+from sparsejax.partition import platform
 from sparsejax.typing import Array, Float
 
 __all__ = [

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from sparsejax.attention.target import platform
+from sparsejax.partition import platform
 
 
 def test_without_a_mesh_the_default_device_counts():
