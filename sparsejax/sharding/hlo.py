@@ -17,6 +17,8 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "tf32": 32, "s4": 4, "u4": 4}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
+_NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
+_OPERAND = re.compile(r"%?([\w.\-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?%?([\w.\-]+)")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count[^}]*"n":"(\d+)"')
@@ -43,12 +45,25 @@ def _bytes(text: str) -> int:
     return max((size(*array) for array in _ARRAY.findall(text)), default=0)
 
 
+def _moved(line: str, found: re.Match, sizes: dict[str, int]) -> int:
+    """Give the bytes of a collective's result, or of its operand if that is ragged.
+
+    One end of a ragged collective is the rows there are, the other the room for more.
+    """
+    size = _bytes(line[: found.start()].partition("=")[2])
+    operand = _OPERAND.match(line, found.end())
+    if found[1] != "ragged-all-to-all" or operand is None:
+        return size
+    return min(size, sizes.get(operand[1]) or size)
+
+
 def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
     computations: dict[str, _Computation] = defaultdict(
         lambda: _Computation(Counter(), [], [])
     )
     entry = name = ""
     trips: list[tuple[str, str, str, str]] = []
+    sizes: dict[str, int] = {}
     for line in text.splitlines():
         opening = _COMPUTATION.match(line)
         if opening:
@@ -61,10 +76,12 @@ def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
         if loop:
             trips.append((name, loop[1], loop[2], line))
             continue
+        named = _NAME.match(line)
+        if named:
+            sizes[named[1]] = _bytes(line[named.end() :].partition("(")[0])
         found = _COLLECTIVE.search(line)
         if found:
-            result = line[: found.start()].partition("=")[2]
-            here.moved[found[1]] += _bytes(result)
+            here.moved[found[1]] += _moved(line, found, sizes)
         here.calls.extend((callee, 1) for callee in _CALLED.findall(line))
     for caller, condition, body, line in trips:
         known = _TRIPS.search(line)
@@ -77,7 +94,8 @@ def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
 def collective_bytes(text: str) -> dict[str, int]:
     """Sum, by kind, the bytes of collectives' results on one chip in one execution.
 
-    Loops count as often as they run; a loop whose bound is not a constant counts once.
+    A ragged collective counts the smaller of its operand and its result. Loops count as
+    often as they run; a loop whose bound is not a constant counts once.
 
     Args:
         text: of a compiled module, ``compiled.as_text()``.

@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec as P
 
 from sparsejax.sharding.hlo import collective_bytes
@@ -34,3 +35,26 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_runs():
 def test_a_program_without_collectives_moves_nothing():
     text = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile().as_text()
     assert collective_bytes(text) == {}
+
+
+def ragged_program(rows, room):
+    """Sends ``rows`` rows of 4 floats into ``room`` rows, lowered for TPUs."""
+
+    def piece(x, sizes):
+        place = jnp.zeros((room, 4))
+        return jax.lax.ragged_all_to_all(x, place, *[sizes] * 4, axis_name="expert")
+
+    mesh = make_mesh(MeshConfig(expert=2), jax.devices()[:2])
+    run = jax.shard_map(
+        piece, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False
+    )
+    shapes = jax.ShapeDtypeStruct((2 * rows, 4), "float32"), jnp.ones(4, jnp.int32)
+    lowered = jax.jit(run).trace(*shapes).lower(lowering_platforms=("tpu",))
+    return lowered.as_text(dialect="hlo")
+
+
+@pytest.mark.parametrize(("rows", "room"), [(3, 24), (24, 3)])
+def test_a_ragged_collective_moves_its_rows_and_not_the_room_for_more(rows, room):
+    assert collective_bytes(ragged_program(rows, room)) == {
+        "ragged-all-to-all": 3 * 4 * 4
+    }
