@@ -38,22 +38,30 @@ class Case:
     extras: bool = False  # bias, elements, segments, grants and two patterns by head
     dtype: str = "bfloat16"
     in_turns: bool = False  # of the warpgroups, in the forward pass
+    programs: int | None = None  # that share the tiles
     spills: tuple[int, int, int] = (0, 0, 136)
 
 
 CASES = {
     "causal": Case(),
     "in_turns": Case(in_turns=True),
+    "persistent": Case(in_turns=True, programs=132),
+    "persistent_window": Case(length=32768, window=256, programs=132),
     "narrow": Case(width=64),
     "grouped": Case(key_heads=4),
     "window": Case(length=32768, window=1024),
+    "narrow_window": Case(length=32768, window=256),
     "small_blocks": Case(block_q=64, block_kv=64, window=1024),
     "softcap": Case(softcap=30.0),
     "float16": Case(dtype="float16", width=64),
     "width_32": Case(width=32),
     "width_96": Case(width=96),
     "extras": Case(
-        extras=True, softcap=30.0, length=2048, key_heads=4, spills=(704, 136, 656)
+        extras=True,
+        softcap=30.0,
+        length=2048,
+        key_heads=4,
+        spills=(704, 136, 656),
     ),
 }
 
@@ -124,6 +132,7 @@ def kernels(case: Case) -> dict[str, Callable[..., dict[str, jax.Array]]]:
         own=tile(case.block_q),
         own_block=case.block_q,
         step_block=case.block_kv,
+        programs=case.programs,
     )
     of_keys = Plan(
         heads=case.heads,
@@ -131,7 +140,8 @@ def kernels(case: Case) -> dict[str, Callable[..., dict[str, jax.Array]]]:
         step=ROWS,
         own_block=case.block_kv,
         step_block=case.block_q,
-        members=case.heads // case.key_heads,
+        last_first=False,
+        programs=case.programs,
     )
     plans = {
         forward: of_queries(step=tile(case.block_kv), in_turns=case.in_turns),

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from pallas_kernels.gpu.rule import Rule, Score
 from pallas_kernels.gpu.skeleton import (
     Lists,
+    Own,
     Piece,
     Plan,
-    Program,
     Traffic,
     launch,
 )
@@ -52,18 +52,18 @@ def forward(
     b, t, h, c = arrays["q"].shape
     dtype, keys = arrays["q"].dtype, ("k", "bias") if score.biased else ("k",)
 
-    def body(program: Program) -> None:
-        q, weights = program.own("q"), program.own("weights")
+    def body(own: Own, pieces: Any) -> None:
+        q, weights = own.tile("q"), own.tile("weights")
 
         def step(piece: Piece, carry: Any, *, ruled: bool) -> Any:
             out, top, total = carry
             with piece.fed(*keys) as (k, *bias):
-                s = product(q, transposed(k), meanwhile=program.turn)
+                s = product(q, transposed(k), meanwhile=own.meet)
                 x, _ = score.logits(s, *(laid(x, s.shape, 1) for x in bias))
                 if bias:
                     fence()  # a plain read ends before the next copy into its place
             if ruled:
-                at = program.start, piece.start
+                at = own.start, piece.start
                 seen = rule.visible(piece, *at, s.shape, queries=0)
                 x = jnp.where(seen, x, -jnp.inf)
             higher = jnp.maximum(top, x.max(axis=1))
@@ -72,22 +72,22 @@ def forward(
             kept = jnp.exp2(top * score.unit - shift)
             total = total * kept + p.sum(axis=1)
             put(weights, p)
-            program.turn()
+            own.meet()
             with piece.fed("v") as (v,):
                 out = out * spread(kept, out.shape, 0) + product(weights, v)
             return out, higher, total
 
         none = constant(0.0, (ROWS,), PER_ROW)
         start = constant(0.0, (ROWS, c)), constant(-jnp.inf, (ROWS,), PER_ROW), none
-        program.half_a_turn(1)
-        out, top, total = program.walk(step, start)
-        program.half_a_turn(0)
+        own.half_a_turn(1)
+        out, top, total = own.walk(step, start, pieces)
+        own.half_a_turn(0)
         inverse = jnp.where(
             total == 0.0, 0.0, 1.0 / jnp.where(total == 0.0, 1.0, total)
         )
-        program.store(
+        own.store(
             ("out", q, out * spread(inverse, out.shape, 0)),
-            ("lse", program.own("lse"), top * score.unit + jnp.log2(total)),
+            ("lse", own.tile("lse"), top * score.unit + jnp.log2(total)),
         )
 
     rows = t * plan.splits

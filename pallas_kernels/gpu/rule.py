@@ -75,8 +75,8 @@ class Rule:
         self, piece: Piece, q_start: Any, kv_start: Any, shape: Any, *, queries: int
     ) -> jax.Array:
         """Which elements of a tile are visible; its queries lie along ``queries``."""
-        program, keys = piece.program, 1 - queries
-        refs, head = program.refs, piece.head
+        own, keys = piece.own, 1 - queries
+        refs = own.refs
 
         def positions(axis: int, start: Any) -> jax.Array:
             return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=MATRIX) + start
@@ -93,23 +93,23 @@ class Rule:
             i = refs["offset"][0] + (
                 i if self.fold is None else lax.rem(i, jnp.int32(self.fold))
             )
-            chosen = refs["choice"][head] if "choice" in refs else 0
+            chosen = refs["choice"][own.head] if "choice" in refs else 0
             allowed = allowed & _chosen(self.patterns, chosen, i, j)
         if "elements" in refs:
             ref = refs["elements"]
             starts = (q_start, kv_start) if queries == 0 else (kv_start, q_start)
             spans = [pl.ds(s, n) for s, n in zip(starts, shape, strict=True)]
-            at = program.of_batch(ref.shape[0]), program.of_head(head, ref.shape[1])
+            at = own.of_batch(ref.shape[0]), own.of_head(ref.shape[1])
             # int8: a tile of booleans does not compile.
             tile = plgpu.load(ref.at[(*at, *spans)], layout=MATRIX, optimized=False)
             allowed = allowed & (tile != 0)
         if "q_segments" in refs:
-            own = along("q_segments", program.batch, axis=queries, start=q_start)
-            other = along("kv_segments", program.batch, axis=keys, start=kv_start)
-            allowed = allowed & (own == other) & (own != 0)
+            mine = along("q_segments", own.batch, axis=queries, start=q_start)
+            other = along("kv_segments", own.batch, axis=keys, start=kv_start)
+            allowed = allowed & (mine == other) & (mine != 0)
         if "grants" in refs:
             ref = refs["grants"]
-            at = program.of_batch(ref.shape[0]), program.of_head(head, ref.shape[1])
+            at = own.of_batch(ref.shape[0]), own.of_head(ref.shape[1])
             block = lax.div(kv_start, jnp.int32(self.kv_block))
             given = along("grants", *at, block, axis=queries, start=q_start)
             allowed = allowed & (given != 0)

@@ -1,4 +1,4 @@
-"""The frame of every kernel: a program owns one tile and walks the tiles of its list.
+"""The frame of every kernel: programs own tiles and walk the tiles of their lists.
 
 A memory warpgroup copies the listed tiles, by id, into a ring of slots; compute
 warpgroups of 64 rows each consume them, the listed blocks that need no element rule
@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.tiles import ROWS, put, swizzle, tile
 
-__all__ = ["Lists", "Piece", "Plan", "Program", "Traffic", "launch"]
+__all__ = ["Lists", "Own", "Piece", "Plan", "Traffic", "launch"]
 
 MOST_SLOTS = 4
 SMEM_BYTES = 232448 - 1024  # what a block may ask for, less barriers and alignment
@@ -47,10 +47,13 @@ class Plan:
     step: int  # a tile of the ring
     own_block: int  # what one row of the lists stands for
     step_block: int  # what one listed id stands for
-    members: int = 1  # query heads that one program walks
-    splits: int = 1  # programs that share the list of one own tile
+    splits: int = 1  # own tiles that share one list
     slots: int | None = None  # of the ring; None takes what fits
     in_turns: bool = False  # two warpgroups: one multiplies, the other exponentiates
+    last_first: bool = True  # long causal lists start first: those of the last queries
+    # Programs that share the own tiles, each taking the next one's first copies up
+    # while it writes the last one's results; None has a program for every own tile.
+    programs: int | None = None
 
 
 def _over(n: Any, d: int) -> Any:
@@ -58,16 +61,17 @@ def _over(n: Any, d: int) -> Any:
 
 
 @dataclass(frozen=True)
-class Program:
-    """What one warpgroup of one program works on."""
+class Own:
+    """One own tile, as one warpgroup sees it."""
 
     plan: Plan
     refs: dict[str, Any]  # arrays in device memory
     tiles: dict[str, Any]  # tiles and barriers in shared memory
     batch: Any
-    head: Any  # the first of its query heads
+    head: Any  # query head
     row: Any
     group: Any  # which warpgroup
+    turn: Any  # pieces that the program has walked before
 
     @property
     def start(self) -> Any:
@@ -75,26 +79,41 @@ class Program:
         row = _over(self.row, self.plan.splits)
         return row * self.plan.own + self.group * ROWS
 
-    def own(self, name: str) -> Any:
+    @property
+    def at(self) -> Any:
+        """Which list."""
+        ids, row = (
+            self.refs["ids"],
+            _over(self.row, self.plan.own_block // self.plan.own),
+        )
+        return self.of_batch(ids.shape[0]), self.of_head(ids.shape[1]), row
+
+    @property
+    def pieces(self) -> tuple[Any, Any]:
+        """Walked tiles that need no element rule, and all of them."""
+        each = self.plan.step_block // self.plan.step
+        return tuple(self.refs[name][self.at] * each for name in ("full", "count"))
+
+    def tile(self, name: str) -> Any:
         """Give this warpgroup's part of a tile that does not change."""
         return self.tiles[name].at[self.group]
 
-    def of_head(self, head: Any, count: int) -> Any:
-        """Index of a query head on an axis of ``count`` heads."""
-        return _over(head, self.plan.heads // count)
+    def of_head(self, count: int) -> Any:
+        """Index on an axis of ``count`` heads."""
+        return _over(self.head, self.plan.heads // count)
 
     def of_batch(self, count: int) -> Any:
         """Index of the batch element on an axis of ``count``."""
         return self.batch if count > 1 else 0
 
-    def part(self, name: str, head: Any, start: Any, length: int) -> Any:
+    def part(self, name: str, start: Any, length: int) -> Any:
         """View some positions of an array "b t h c" or "b h t"."""
         ref, span = self.refs[name], pl.ds(start, length)
         if len(ref.shape) == 4:
-            return ref.at[self.batch, span, self.of_head(head, ref.shape[2])]
-        return ref.at[self.batch, self.of_head(head, ref.shape[1]), span]
+            return ref.at[self.batch, span, self.of_head(ref.shape[2])]
+        return ref.at[self.batch, self.of_head(ref.shape[1]), span]
 
-    def turn(self) -> None:
+    def meet(self) -> None:
         """Meet the other warpgroup, if they work in turns."""
         if "turn" in self.tiles:
             plgpu.barrier_arrive(self.tiles["turn"])
@@ -102,31 +121,25 @@ class Program:
 
     def half_a_turn(self, group: int) -> None:
         """Let one warpgroup meet the other once more, to shift their turns."""
-        pl.when(self.group == group)(self.turn)
+        pl.when(self.group == group)(self.meet)
 
-    def walk(self, visit: Callable[..., Any], carry: Any) -> Any:
+    def walk(self, visit: Callable[..., Any], carry: Any, pieces: Any) -> Any:
         """Thread ``carry`` through ``visit(piece, carry, ruled=...)`` in list order."""
-        plan, (ids, count, full) = self.plan, (self.refs[n] for n in Lists._fields)
-        row = _over(self.row, plan.own_block // plan.own)
-        pieces = plan.step_block // plan.step
 
-        def one_head(member: Any, state: Any) -> Any:
-            before, carry = state
-            head = self.head + member
-            at = self.of_batch(ids.shape[0]), self.of_head(head, ids.shape[1]), row
+        def one(n: Any, carry: Any, *, ruled: bool) -> Any:
+            return visit(Piece(self, n), carry, ruled=ruled)
 
-            def one(n: Any, carry: Any, *, ruled: bool) -> Any:
-                return visit(Piece(self, head, at, n, before + n), carry, ruled=ruled)
+        free, all_ = pieces
+        carry = lax.fori_loop(0, free, functools.partial(one, ruled=False), carry)
+        return lax.fori_loop(free, all_, functools.partial(one, ruled=True), carry)
 
-            free, all_ = full[at] * pieces, count[at] * pieces
-            carry = lax.fori_loop(0, free, functools.partial(one, ruled=False), carry)
-            carry = lax.fori_loop(free, all_, functools.partial(one, ruled=True), carry)
-            return before + all_, carry
-
-        state = jnp.int32(0), carry
-        if plan.members == 1:
-            return one_head(jnp.int32(0), state)[1]
-        return lax.fori_loop(0, plan.members, one_head, state)[1]
+    def fetch(self, names: tuple[str, ...]) -> None:
+        """Start the copies of this warpgroup's own tiles."""
+        for name in names:
+            source = self.part(name, self.start, ROWS)
+            plgpu.copy_gmem_to_smem(
+                source, self.tile(name), self.tiles["own"].at[self.group]
+            )
 
     def store(self, *results: tuple[str, Any, jax.Array]) -> None:
         """Send results (name, tile to go through, value) to device memory."""
@@ -134,53 +147,75 @@ class Program:
             put(through, value)
         start = self.row * self.plan.own + self.group * ROWS
         for name, through, _ in results:
-            plgpu.copy_smem_to_gmem(through, self.part(name, self.head, start, ROWS))
-        plgpu.wait_smem_to_gmem(0)  # shared memory dies with the program
+            plgpu.copy_smem_to_gmem(through, self.part(name, start, ROWS))
+        # The tiles are used again, or die with the program.
+        plgpu.wait_smem_to_gmem(0)
 
 
 @dataclass(frozen=True)
 class Piece:
     """One walked tile."""
 
-    program: Program
-    head: Any  # query head
-    at: Any  # which list
+    own: Own
     n: Any  # which tile of the list
-    turn: Any  # which tile of the program
+
+    @property
+    def turn(self) -> Any:
+        """Which tile of the program."""
+        return self.own.turn + self.n
 
     @property
     def slot(self) -> Any:
         """Place in the ring."""
-        return lax.rem(self.turn, jnp.int32(self.program.plan.slots))
+        return self._slot(self.turn)
+
+    def _slot(self, turn: Any) -> Any:
+        return lax.rem(turn, jnp.int32(self.own.plan.slots))
 
     @property
     def start(self) -> Any:
         """First position."""
-        plan = self.program.plan
+        plan = self.own.plan
         pieces = plan.step_block // plan.step
-        block = self.program.refs["ids"][(*self.at, _over(self.n, pieces))]
+        block = self.own.refs["ids"][(*self.own.at, _over(self.n, pieces))]
         place = lax.rem(self.n, jnp.int32(pieces))
         return block * plan.step_block + place * plan.step
+
+    def wait(self, *names: str) -> list[Any]:
+        """Wait for the tiles of one stream."""
+        tiles, slot = self.own.tiles, self.slot
+        plgpu.barrier_wait(tiles["ready_" + names[0]].at[slot])
+        return [tiles[name].at[slot] for name in names]
+
+    def free(self, *names: str) -> None:
+        """Give the tiles of one stream back."""
+        plgpu.barrier_arrive(self.own.tiles["free_" + names[0]].at[self.slot])
+
+    def free_last(self, *names: str) -> None:
+        """Give the tiles of the program's piece before this one back."""
+        free, last = self.own.tiles["free_" + names[0]], self._slot(self.turn - 1)
+        pl.when(self.turn > 0)(lambda: plgpu.barrier_arrive(free.at[last]))
 
     @contextlib.contextmanager
     def fed(self, *names: str) -> Iterator[Any]:
         """Wait for the tiles of one stream; leaving gives them back."""
-        tiles, slot = self.program.tiles, self.slot
-        plgpu.barrier_wait(tiles["ready_" + names[0]].at[slot])
-        yield [tiles[name].at[slot] for name in names]
-        plgpu.barrier_arrive(tiles["free_" + names[0]].at[slot])
+        yield self.wait(*names)
+        self.free(*names)
 
-    def feed(self, names: tuple[str, ...]) -> None:
-        """Copy the tiles of one stream into their slot, once it is free."""
-        program, slot = self.program, self.slot
-        ready, free = (program.tiles[kind + names[0]] for kind in ("ready_", "free_"))
-        refill = self.turn >= program.plan.slots
-        pl.when(refill)(lambda: plgpu.barrier_wait(free.at[slot]))
-        for name in names:
-            source = program.part(name, self.head, self.start, program.plan.step)
-            plgpu.copy_gmem_to_smem(
-                source, program.tiles[name].at[slot], ready.at[slot]
-            )
+    def feed(self, streams: tuple[tuple[str, ...], ...]) -> None:
+        """Copy the tiles of the streams into their slots, as these get free."""
+        own, slot = self.own, self.slot
+        # Read once: the list lies in device memory, several hundred cycles away.
+        start = self.start
+        refill = self.turn >= own.plan.slots
+        for names in streams:
+            free, ready = (own.tiles[kind + names[0]] for kind in ("free_", "ready_"))
+            pl.when(refill)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            for name in names:
+                source = own.part(name, start, own.plan.step)
+                plgpu.copy_gmem_to_smem(
+                    source, own.tiles[name].at[slot], ready.at[slot]
+                )
 
 
 class Traffic(NamedTuple):
@@ -250,20 +285,51 @@ def _check(plan: Plan) -> None:
         raise ValueError(f"own={plan.own}: registers suffice for tiles of 64 or 128")
 
 
+def _places(
+    index: Any, grid: tuple[int, int, int], *, last_first: bool
+) -> tuple[Any, Any, Any]:
+    """Batch element, head and row of an own tile; heads that share keys are close."""
+    rows, batches, heads = grid
+    batch = _over(index, heads)
+    row = _over(batch, batches)
+    batch, head = lax.rem(batch, jnp.int32(batches)), lax.rem(index, jnp.int32(heads))
+    return batch, head, rows - 1 - row if last_first else row
+
+
+def _deal(one: Callable[..., Any], program: Any, programs: int, total: int) -> None:
+    """Thread a number through ``one(index, number)`` for a program's share of a total.
+
+    Shares are dealt out forth and back, so that whoever gets the longest of one round
+    gets the shortest of the next.
+    """
+    if programs == total:
+        one(program, jnp.int32(0))
+        return
+    back, (rounds, rest) = programs - 1 - program, divmod(total, programs)
+    last = back if rounds % 2 else program
+
+    def of_round(n: Any, number: Any) -> Any:
+        place = jnp.where(lax.rem(n, jnp.int32(2)) == 0, program, back)
+        return one(n * programs + place, number)
+
+    count = rounds + (last < rest).astype(jnp.int32)
+    lax.fori_loop(0, count, of_round, jnp.int32(0))
+
+
 def launch(
-    body: Callable[[Program], None],
+    body: Callable[[Own, Any], None],
     *,
     plan: Plan,
     grid: tuple[int, int, int],
     lists: Lists,
     traffic: Traffic,
 ) -> Any:
-    """Run ``body`` in the compute warpgroups of a grid of programs.
+    """Run ``body(own, pieces)`` in the compute warpgroups, for every own tile.
 
     Args:
         body: what a warpgroup does once its own tiles have come.
         plan: static sizes.
-        grid: own tiles, batch elements, heads of the own arrays.
+        grid: own tiles, batch elements, query heads.
         lists: what each own tile walks.
         traffic: arrays by name.
 
@@ -272,48 +338,47 @@ def launch(
     """
     _check(plan)
     plan, scratch = _scratch(plan, traffic)
-    groups = plan.own // ROWS
+    groups, total = plan.own // ROWS, math.prod(grid)
+    programs = min(total, plan.programs or total)
     names = [*Lists._fields, *traffic.arrays, *traffic.outputs]
 
     def kernel(*refs: Any, **tiles: Any) -> None:
-        # Long causal lists are the last rows: start them first, all heads together.
-        row = grid[0] - 1 - lax.axis_index("row")
-        group = lax.axis_index("group")
-        program = Program(
-            plan=plan,
-            refs=dict(zip(names, refs, strict=True)),
-            tiles=tiles,
-            batch=lax.axis_index("batch"),
-            head=lax.axis_index("head") * plan.members,
-            row=row,
-            group=group,
-        )
+        group, program = lax.axis_index("group"), lax.axis_index("program")
+
+        def each(visit: Callable[[Own, Any], Any]) -> None:
+            def one(index: Any, turn: Any) -> Any:
+                where = _places(index, grid, last_first=plan.last_first)
+                named = dict(zip(names, refs, strict=True))
+                tile = Own(plan, named, tiles, *where, group, turn)
+                pieces = tile.pieces
+                visit(tile, pieces)
+                return turn + pieces[1]
+
+            _deal(one, program, programs, total)
 
         @pl.when(group < groups)
         def _() -> None:
+            def compute(tile: Own, pieces: Any) -> None:
+                tile.fetch(traffic.own)
+                plgpu.barrier_wait(tiles["own"].at[group])
+                body(tile, pieces)
+
             plgpu.set_max_registers(REGISTERS[groups][0], action="increase")
-            arrived = tiles["own"].at[group]
-            for name in traffic.own:
-                source = program.part(name, program.head, program.start, ROWS)
-                plgpu.copy_gmem_to_smem(source, program.own(name), arrived)
-            plgpu.barrier_wait(arrived)
-            body(program)
+            each(compute)
 
         @pl.when(group == groups)
         def _() -> None:
-            plgpu.set_max_registers(REGISTERS[groups][1], action="decrease")
-
             def feed(piece: Piece, carry: None, *, ruled: bool) -> None:  # noqa: ARG001
-                for stream in traffic.streams:
-                    piece.feed(stream)
+                piece.feed(traffic.streams)
 
-            program.walk(feed, None)
+            plgpu.set_max_registers(REGISTERS[groups][1], action="decrease")
+            each(lambda tile, pieces: tile.walk(feed, None, pieces))
 
     found = plgpu.kernel(
         kernel,
         out_type=tuple(traffic.outputs.values()),
-        grid=grid,
-        grid_names=("row", "batch", "head"),
+        grid=(programs,),
+        grid_names=("program",),
         num_threads=groups + 1,
         thread_name="group",
         scratch_types=scratch,

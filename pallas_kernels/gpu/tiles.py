@@ -20,6 +20,7 @@ __all__ = [
     "PER_ROW",
     "ROWS",
     "accumulate",
+    "accumulator",
     "constant",
     "fence",
     "finish",
@@ -30,6 +31,7 @@ __all__ = [
     "swizzle",
     "tile",
     "transposed",
+    "value",
 ]
 
 ROWS = 64  # of one warpgroup in a wgmma
@@ -60,11 +62,21 @@ def product(a: Any, b: Any, *, meanwhile: Callable[[], Any] = tuple) -> jax.Arra
         meanwhile()
         return acc[...]  # waits
 
-    return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    return pl.run_scoped(run, accumulator(a.shape[0], b.shape[1]))
+
+
+def accumulator(rows: int, columns: int) -> Any:
+    """A sum of products in registers, 0 at first; for ``pl.run_scoped``."""
+    return plgpu.ACC((rows, columns), jnp.float32)
+
+
+def value(acc: Any, *, behind: int = 0) -> jax.Array:
+    """Read a sum once all products are finished but the ``behind`` latest."""
+    return plgpu.wgmma_accumulator_load(acc, wait_n=behind)
 
 
 def accumulate(acc: Any, a: Any, b: Any) -> None:
-    """``acc += a @ b``; finished after ``finish`` or the next ``product``."""
+    """``acc += a @ b``; finished after ``finish``, ``value`` or ``product``."""
     plgpu.wgmma(acc, a, b)
     _audit(a, b)
 

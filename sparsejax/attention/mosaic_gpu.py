@@ -21,10 +21,10 @@ from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.restrict import restrict
 from sparsejax.attention.rows import alike
-from sparsejax.compat import HAS_GPU_INTERPRETER
+from sparsejax.compat import HAS_MOSAIC_GPU
 from sparsejax.typing import Array, Float
 
-__all__ = ["mosaic_gpu"]
+__all__ = ["mosaic_gpu", "obstacle"]
 
 LOG2E = math.log2(math.e)
 ROWS = 64  # of the smallest tile
@@ -49,7 +49,8 @@ def mosaic_gpu(
     Raises:
         ValueError: if device, dtype, head width or blocks are not for these kernels.
     """
-    _check(q, mask)
+    if reason := obstacle(q, mask):
+        raise ValueError(f"implementation='mosaic_gpu' {reason}")
     if segments is not None:
         mask = restrict(mask, segments)
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
@@ -60,43 +61,42 @@ def mosaic_gpu(
     return _attend(q, k, v, bias, mask, segments, score)
 
 
-def _check(q: Array, mask: BlockMask) -> None:
+def obstacle(q: Array, mask: BlockMask) -> str | None:
+    """Say why these kernels cannot take such queries and mask; None if they can."""
     if q.dtype not in ("bfloat16", "float16"):
-        raise ValueError(
-            f"implementation='mosaic_gpu' with {q.dtype}: the tensor cores take"
-            " bfloat16 and float16; cast q, k and v, or use 'xla'"
+        return (
+            f"with {q.dtype}: the tensor cores take bfloat16 and float16; cast q, k and"
+            " v, or use 'xla'"
         )
     if q.shape[3] > WIDEST:
-        raise ValueError(
-            f"implementation='mosaic_gpu' with heads of {q.shape[3]}: from {WIDEST} on"
-            " the accumulators spill out of the registers (1 kB a thread at 256); use"
-            " more heads, or 'xla'"
+        return (
+            f"with heads of {q.shape[3]}: from {WIDEST} on the accumulators spill out"
+            " of the registers (1 kB a thread at 256); use more heads, or 'xla'"
         )
     grid = mask.grid
     sizes = ("block_q", grid.rows), ("block_kv", grid.columns)
     if any(count > 1 and getattr(grid, name) % ROWS for name, count in sizes):
         fine = grid.block_q, grid.block_kv
         coarse = [math.lcm(n, ROWS) for n in fine]
-        raise ValueError(
-            f"implementation='mosaic_gpu' with blocks of {fine[0]} x {fine[1]}: they"
-            f" must be multiples of {ROWS}; use mask.coarsened({coarse[0]}, block_kv="
-            f"{coarse[1]}), or 'xla'"
+        return (
+            f"with blocks of {fine[0]} x {fine[1]}: they must be multiples of {ROWS};"
+            f" use mask.coarsened({coarse[0]}, block_kv={coarse[1]}), or 'xla'"
         )
-    _check_device()
+    return _obstacle_of_device()
 
 
-def _check_device() -> None:
+def _obstacle_of_device() -> str | None:
     if gpu.is_interpreted():
-        return
+        return None
     mesh = jax.sharding.get_abstract_mesh()
     described = None if mesh.empty else mesh.abstract_device
     kind = (described or jax.devices()[0]).device_kind
-    if HAS_GPU_INTERPRETER and re.search(r"\b(GH|H)\d+", kind):
-        return
-    raise ValueError(
-        f"implementation='mosaic_gpu' on {kind} with JAX {jax.__version__}: needs a"
-        " Hopper GPU (H100, H200) and JAX 0.12; use 'xla', or, to test on a CPU, trace"
-        " under pallas_kernels.gpu.interpreted()"
+    if HAS_MOSAIC_GPU and re.search(r"\b(GH|H)\d+", kind):
+        return None
+    return (
+        f"on {kind} with JAX {jax.__version__}: needs a Hopper GPU (H100, H200) and JAX"
+        " 0.11; use 'xla', or, to test on a CPU, trace under"
+        " pallas_kernels.gpu.interpreted()"
     )
 
 
@@ -159,7 +159,7 @@ class _Layout(NamedTuple):
         x = x.reshape(b, self.fold, self.q_len, h, c).transpose(0, 2, 3, 1, 4)
         return x.reshape(b, self.q_len, h * self.fold, c)
 
-    def plan(self, *, step: int) -> gpu.Plan:
+    def plan(self, *, step: int, in_turns: bool = False) -> gpu.Plan:
         """Sizes of kernels whose programs own queries."""
         return gpu.Plan(
             heads=self.heads // self.fold,
@@ -168,6 +168,7 @@ class _Layout(NamedTuple):
             own_block=self.block_q,
             step_block=self.block_kv,
             splits=self.splits,
+            in_turns=in_turns,
         )
 
 
@@ -246,7 +247,8 @@ def _forward(q, k, v, bias, mask, segments, score: gpu.Score) -> Attended:
     found = gpu.forward(
         arrays | _tables(mask, segments, layout),
         _lists(mask.lists, layout.splits),
-        plan=layout.plan(step=_tile(layout.block_kv)),
+        # Narrow heads multiply too briefly for the other warpgroup to wait for it.
+        plan=layout.plan(step=_tile(layout.block_kv), in_turns=q.shape[3] > ROWS),
         score=score,
         rule=_rule(mask, layout),
     )
@@ -302,7 +304,7 @@ def _attend_backward(score: gpu.Score, saved, cotangent: Attended):
         step=ROWS,
         own_block=layout.block_kv,
         step_block=layout.block_q,
-        members=layout.group,
+        last_first=False,
     )
     keys = gpu.key_gradients(arrays, _lists(mask.transpose()), plan=plan, **run)
     dk, dv = (keys[name][:, : k.shape[1], :, :c] for name in ("dk", "dv"))

@@ -7,7 +7,7 @@ gives 0 and a log-denominator of -inf, and receives gradient 0.
 
 from sparsejax.attention.attended import Attended, Segments, join_sinks
 from sparsejax.attention.mask import BlockMask
-from sparsejax.attention.mosaic_gpu import mosaic_gpu
+from sparsejax.attention.mosaic_gpu import mosaic_gpu, obstacle
 from sparsejax.attention.mosaic_tpu import mosaic_tpu
 from sparsejax.attention.reference import reference
 from sparsejax.attention.xla import xla
@@ -29,12 +29,21 @@ IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu,
 }
 LISTS = frozenset({"reference", "xla"})  # take blocks of any size, a query each even
-BY_PLATFORM = {"tpu": "mosaic_tpu"}  # "xla" elsewhere
 
 
 def takes_lists(implementation: str | None) -> bool:
     """Whether an implementation takes blocks of single queries and keys."""
-    return (implementation or BY_PLATFORM.get(platform(), "xla")) in LISTS
+    if implementation is None:
+        return platform() != "tpu"
+    return implementation in LISTS
+
+
+def _by_platform(q: Array, mask: BlockMask) -> str:
+    """The kernels for this hardware; on a GPU, if they take such work."""
+    if platform() == "tpu":
+        return "mosaic_tpu"
+    fits = platform() == "gpu" and obstacle(q, mask) is None
+    return "mosaic_gpu" if fits else "xla"
 
 
 def block_sparse_attention(  # noqa: PLR0913  the signature of the design
@@ -86,7 +95,9 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
         sinks: one more logit per query head, of value 0, in the denominator.
         segments: packed documents; positions see each other only within one.
         bias: added to the logits of each key, after scale and softcap; -inf hides it.
-        implementation: a name in ``IMPLEMENTATIONS``; None picks by platform.
+        implementation: a name in ``IMPLEMENTATIONS``; None picks by platform:
+            ``mosaic_tpu`` on a TPU, ``mosaic_gpu`` on a Hopper GPU for 16-bit heads of
+            at most 128 in blocks of multiples of 64, and ``xla`` otherwise.
 
     Raises:
         ValueError: if shapes, heads, mask and segments do not fit together, or no
@@ -95,9 +106,7 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     _check(q, k, v, mask)
     _check_extras(q, k, softcap, sinks, segments)
     _check_bias(k, bias)
-    name = implementation
-    if name is None:
-        name = BY_PLATFORM.get(platform(), "xla")
+    name = _by_platform(q, mask) if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r}: no such name{near(name, IMPLEMENTATIONS)}"

@@ -5,7 +5,7 @@ import sys
 
 from sparsejax.config import near
 
-BENCHES = ("attention", "comparison", "selectors", "train")
+BENCHES = ("attention", "attention_gpu", "comparison", "selectors", "train")
 
 
 def main(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """The Hopper kernels, interpreted on a CPU, against attention by definition."""
 
 import importlib
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu
-from sparsejax.attention import causal, sliding_window
+from sparsejax.attention import causal, mosaic_gpu, operation, sliding_window
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.operation import block_sparse_attention_and_lse
@@ -319,3 +320,25 @@ def test_a_call_that_is_not_for_the_kernels_says_why(change, words):
     call |= dict.fromkeys("kv", jnp.zeros((1, 96, 1, q.shape[3]), q.dtype))
     with pytest.raises(ValueError, match=words):
         block_sparse_attention_and_lse(**call, implementation="mosaic_gpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "block", "name"),
+    [
+        ("NVIDIA H200", "bfloat16", 64, "mosaic_gpu"),
+        ("NVIDIA H200", "float32", 64, "xla"),
+        ("NVIDIA H200", "bfloat16", 48, "xla"),
+        ("NVIDIA A100-SXM4-80GB", "bfloat16", 64, "xla"),
+        ("TPU v5 lite", "float32", 64, "mosaic_tpu"),
+        ("cpu", "bfloat16", 64, "xla"),
+    ],
+)
+def test_the_default_is_for_the_hardware_and_the_work(
+    device, dtype, block, name, monkeypatch
+):
+    monkeypatch.setattr(mosaic_gpu, "HAS_MOSAIC_GPU", True)
+    there = SimpleNamespace(device_kind=device)
+    mesh = SimpleNamespace(empty=False, abstract_device=there)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    mask = pattern_mask(causal(), 96, 96, block, block)
+    assert operation._by_platform(Q.astype(dtype), mask) == name

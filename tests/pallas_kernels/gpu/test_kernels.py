@@ -1,6 +1,5 @@
 """What the frame of the kernels promises: no race, no deadlock, a budget that holds."""
 
-import contextlib
 import dataclasses
 import importlib
 
@@ -33,8 +32,8 @@ def run(kernel, key):
     row = jnp.zeros((1, 1, TINY.length))
     x |= {"lse": row, "delta": row}
     part = kernels(TINY)[kernel]
-    # Fewer slots than tiles: slots are used again.
-    plan = dataclasses.replace(part.keywords["plan"], slots=2)
+    # Fewer slots than pieces and programs than tiles: both are used again.
+    plan = dataclasses.replace(part.keywords["plan"], slots=2, programs=3)
     walked = lists(TINY, by_keys=kernel == "key_gradients")
     with interpreted():
         return jax.block_until_ready(
@@ -47,27 +46,26 @@ def run(kernel, key):
 def test_a_slot_given_back_too_early_is_found(kernel, key, monkeypatch):
     run(kernel, key)
 
-    @contextlib.contextmanager
-    def hasty(piece, *names):
-        tiles, slot = piece.program.tiles, piece.slot
-        plgpu.barrier_wait(tiles["ready_" + names[0]].at[slot])
-        plgpu.barrier_arrive(tiles["free_" + names[0]].at[slot])
-        yield [tiles[name].at[slot] for name in names]
+    wait, free = skeleton.Piece.wait, skeleton.Piece.free
 
-    monkeypatch.setattr(skeleton.Piece, "fed", hasty)
+    def hasty(piece, *names):
+        tiles = wait(piece, *names)
+        free(piece, *names)
+        return tiles
+
+    monkeypatch.setattr(skeleton.Piece, "wait", hasty)
+    for name in ("free", "free_last"):
+        monkeypatch.setattr(skeleton.Piece, name, lambda piece, *names: None)
     with pytest.raises(Exception, match=r"(?i)race"):
         run(kernel, key)
 
 
 @runs
 def test_a_tile_read_before_it_came_is_found(key, monkeypatch):
-    @contextlib.contextmanager
     def blind(piece, *names):
-        tiles, slot = piece.program.tiles, piece.slot
-        yield [tiles[name].at[slot] for name in names]
-        plgpu.barrier_arrive(tiles["free_" + names[0]].at[slot])
+        return [piece.own.tiles[name].at[piece.slot] for name in names]
 
-    monkeypatch.setattr(skeleton.Piece, "fed", blind)
+    monkeypatch.setattr(skeleton.Piece, "wait", blind)
     with pytest.raises(Exception, match=r"(?i)race|phase|barrier"):
         run("forward", key)
 
