@@ -33,7 +33,7 @@ PRODUCTS = ("forward", "dx", "dw")
 BOUNDS = {"bfloat16": 1e-2, "float16": 2e-3}  # root mean square, of the result's size
 # Parts of 1024 rows; what they leave is a tail.
 SIZES = {
-    "balanced": (256, 256, 256, 256),
+    "even": (256, 256, 256, 256),
     "skewed": (701, 13, 301, 9),
     "empty": (0, 512, 0, 512),
     "huge": (0, 0, 1024, 0),
@@ -149,7 +149,7 @@ def seconds(f: Callable[[], Any], *, calls: int = 20) -> float:
 
 def group_sizes(rows: int, experts: int, kind: str) -> jax.Array:
     """All rows in equal groups, or by a power law in a random order."""
-    if kind == "balanced":
+    if kind == "even":
         return jnp.full(experts, rows // experts, "int32")
     rng = np.random.default_rng(0)
     parts = rng.permutation(1 / np.arange(1, experts + 1))
@@ -210,7 +210,7 @@ def torch_rates(case: tuple[int, int], kinds: tuple[str, ...]) -> Iterator[tuple
 
 def trials(case: tuple[int, int]) -> dict[tuple[str, Tiling | None], dict]:
     """What to time on a case: by name and tiling, the products."""
-    found: dict[tuple[str, Tiling | None], dict] = {("dense", None): dense()}
+    found: dict[tuple[str, Tiling | None], dict] = {("matmul", None): dense()}
     found["pallas", Tiling()] = products(Tiling())
     if case == VARIED:
         found |= {("pallas", t): products(t) for t in TRIALS}
@@ -223,10 +223,10 @@ def rates(case: tuple[int, int]) -> Iterator[Row]:
     """Time everything on one case."""
     rows, experts = case
     given = operands(rows, experts, WIDTH, HIDDEN, "bfloat16")
-    kinds = ("balanced", "skewed")
+    kinds = ("even", "skewed")
     sizes = {kind: group_sizes(rows, experts, kind) for kind in kinds}
     plan = [(*key, name, f) for key, x in trials(case).items() for name, f in x.items()]
-    lowered = [jax.jit(f).lower(*given, sizes["balanced"]) for *_, f in plan]
+    lowered = [jax.jit(f).lower(*given, sizes["even"]) for *_, f in plan]
     with ThreadPoolExecutor(8) as pool:
         ready = list(pool.map(lambda x: x.compile(), lowered))
     flops, best = 2 * rows * WIDTH * HIDDEN, {}
@@ -234,7 +234,7 @@ def rates(case: tuple[int, int]) -> Iterator[Row]:
         Row, jax.devices()[0].device_kind, jax.__version__, *case, WIDTH, HIDDEN
     )
     for (implementation, tiling, name, _), f in zip(plan, ready, strict=True):
-        for kind in kinds[:1] if implementation == "dense" else kinds:
+        for kind in kinds[:1] if implementation == "matmul" else kinds:
             took = seconds(functools.partial(f, *given, sizes[kind]))
             best.setdefault(name, took)  # the dense product comes first
             yield line(

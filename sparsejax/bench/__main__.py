@@ -5,7 +5,14 @@ import sys
 
 from sparsejax.config import near
 
-BENCHES = ("attention", "attention_gpu", "comparison", "selectors", "train")
+BENCHES = (
+    "attention",
+    "attention_gpu",
+    "comparison",
+    "moe",
+    "selectors",
+    "train",
+)
 
 
 def main(argv: list[str]) -> int:

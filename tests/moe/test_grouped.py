@@ -123,3 +123,36 @@ def test_a_weight_of_another_dtype_is_refused(key):
     x, w, _ = operands(key)
     with pytest.raises(ValueError, match=r"cast the weights to x.dtype"):
         grouped_matmul(x.astype(jnp.bfloat16), w, jnp.zeros(GROUPS, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ((1, -2, 3, 0), r"group_sizes\[1\]=-2: a group has 0 rows or more"),
+        ((400, 10, 10, 1), "add up to 421: x has only 420 rows"),
+        ((2**31 - 1, 2**31 - 1, 4, 0), "add up to 4294967298"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_sizes_that_cannot_be_are_refused(key, sizes, words, implementation):
+    x, w, _ = operands(key)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    with pytest.raises(ValueError, match=words):
+        grouped_matmul(x, w, sizes, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "meant"),
+    [
+        ((10, -2, 30, 0), (10, 0, 30, 0)),
+        ((400, 10, 20, 5), (400, 10, 10, 0)),
+        ((2**31 - 1, 2**31 - 1, 2**31 - 1, 7), (420, 0, 0, 0)),
+        ((0, 2**31 - 1, 0, 7), (0, 420, 0, 0)),
+    ],
+)
+def test_traced_sizes_that_cannot_be_are_cut_to_the_rows(key, sizes, meant):
+    arrays = operands(key)
+    sizes, meant = (jnp.asarray(n, jnp.int32) for n in (sizes, meant))
+    for run in (SLOW, FAST):
+        for a, b in zip(run(*arrays, sizes), run(*arrays, meant), strict=True):
+            np.testing.assert_array_equal(a, b)
