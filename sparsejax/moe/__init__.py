@@ -11,8 +11,16 @@ from sparsejax.moe.balance import (
     updated_bias,
     z_loss,
 )
+from sparsejax.moe.capacity import (
+    PRIORITIES,
+    ROUNDINGS,
+    capacity_of,
+    drop_shares,
+    limited,
+)
 from sparsejax.moe.config import MoEConfig
-from sparsejax.moe.dispatch import DISPATCHERS, apply_experts, capacity_of, limited
+from sparsejax.moe.dispatch import DISPATCHERS
+from sparsejax.moe.exchange import EXCHANGES, Exchange, apply_experts
 from sparsejax.moe.experts import ACTIVATIONS, GatedExperts
 from sparsejax.moe.grouped import grouped_matmul
 from sparsejax.moe.layer import MoE, RouterBias
@@ -21,7 +29,11 @@ from sparsejax.moe.routers import ROUTERS, Routing
 __all__ = [
     "ACTIVATIONS",
     "DISPATCHERS",
+    "EXCHANGES",
+    "PRIORITIES",
+    "ROUNDINGS",
     "ROUTERS",
+    "Exchange",
     "GatedExperts",
     "MoE",
     "MoEConfig",
@@ -30,6 +42,7 @@ __all__ = [
     "apply_experts",
     "balance_loss",
     "capacity_of",
+    "drop_shares",
     "expert_load",
     "grouped_matmul",
     "limited",

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.config import FieldError, choose, near, require
+from sparsejax.moe.capacity import PRIORITIES, ROUNDINGS
 from sparsejax.moe.dispatch import DISPATCHERS, has_buffers
+from sparsejax.moe.exchange import EXCHANGES, takes
 from sparsejax.moe.experts import ACTIVATIONS
 from sparsejax.moe.routers import ROUTERS, Routing, accepts, settings
 from sparsejax.typing import Array, Float
@@ -28,6 +30,12 @@ class MoEConfig:
         dispatcher: a name of ``DISPATCHERS``.
         capacity_factor: rows an expert takes, over the balanced load; later visits are
             dropped. None drops nothing.
+        capacity_rounding: a name of ``ROUNDINGS``: how that becomes an integer.
+        capacity_priority: a name of ``PRIORITIES``: which visits come first.
+        exchange: a name of ``EXCHANGES``: how tokens reach experts of other devices,
+            if the mesh has an expert axis.
+        exchange_factor: rows of an exchange's buffers, over the balanced load; what
+            does not fit is dropped. None makes room for everything.
         activation: a name of ``ACTIVATIONS``.
         balance_weight: weight of the balancing loss.
         z_weight: weight of the z-loss.
@@ -43,6 +51,10 @@ class MoEConfig:
     router_arguments: dict[str, bool | int | float] = field(default_factory=dict)
     dispatcher: str = "grouped"
     capacity_factor: float | None = None
+    capacity_rounding: str = "up"
+    capacity_priority: str = "position"
+    exchange: str = "ring"
+    exchange_factor: float | None = None
     activation: str = "silu"
     balance_weight: float = 0.01
     z_weight: float = 0.001
@@ -63,7 +75,11 @@ class MoEConfig:
         choose("router", self.router, ROUTERS)
         choose("dispatcher", self.dispatcher, DISPATCHERS)
         choose("activation", self.activation, ACTIVATIONS)
+        choose("capacity_rounding", self.capacity_rounding, ROUNDINGS)
+        choose("capacity_priority", self.capacity_priority, PRIORITIES)
+        choose("exchange", self.exchange, EXCHANGES)
         self._check_capacity()
+        self._check_exchange()
         self._check_router()
         rate = self.bias_rate
         require(rate is None or rate >= 0, "bias_rate", rate, "at least 0, or none")
@@ -81,6 +97,21 @@ class MoEConfig:
             "capacity_factor",
             factor,
             f"dispatcher={self.dispatcher!r} needs one; 1.25 is usual",
+        )
+
+    def _check_exchange(self) -> None:
+        factor = self.exchange_factor
+        require(
+            factor is None or factor > 0,
+            "exchange_factor",
+            factor,
+            "must be positive, or none to make room for everything",
+        )
+        require(
+            factor is None or takes(self.exchange, "rows"),
+            "exchange_factor",
+            factor,
+            f"exchange={self.exchange!r} has no buffers; leave it none",
         )
 
     def _check_router(self) -> None:

@@ -12,15 +12,10 @@ from flax import nnx
 
 from sparsejax import partition
 from sparsejax.moe.balance import balance_loss, metrics, z_loss
+from sparsejax.moe.capacity import drop_shares
 from sparsejax.moe.config import MoEConfig
-from sparsejax.moe.dispatch import (
-    capacity_of,
-    dispatch_of,
-    exchange,
-    has_buffers,
-    limited,
-)
 from sparsejax.moe.experts import ACTIVATIONS, GatedExperts
+from sparsejax.moe.mixture import mixed
 from sparsejax.moe.routers import Routing
 from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 
@@ -92,13 +87,15 @@ class MoE(nnx.Module):
         if flat is not None:
             weights = jnp.where(flat[:, None], routing.weights, 0)
             routing = routing._replace(weights=weights)
-        kept = _limited(routing, self.config)
         experts = GatedExperts(self.gate[...], self.up[...], self.down[...])
-        y = _mix(x, routing if kept is None else kept, experts, self.config)
+        y, kept, causes = mixed(x, routing, experts, self.config)
         if self.config.shared:
             y = y + self._shared(x)
         losses = _losses(logits, routing, self.config, flat)
-        return Output(y, losses, metrics(routing, kept, valid=flat))
+        measured = metrics(routing, kept, valid=flat)
+        if kept is not None:
+            measured |= drop_shares(routing, causes, valid=flat)
+        return Output(y, losses, measured)
 
     def _shared(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         names = ("shared_gate", "shared_up", "shared_down")
@@ -119,66 +116,3 @@ def _losses(
     if config.z_weight:
         losses["z"] = config.z_weight * z_loss(logits, valid=valid)
     return losses
-
-
-def _capacity(config: MoEConfig, tokens: int) -> int | None:
-    if config.capacity_factor is None:
-        return None
-    return capacity_of(
-        tokens=tokens,
-        experts=config.experts,
-        per_token=config.per_token,
-        factor=config.capacity_factor,
-    )
-
-
-def _limited(routing: Routing, config: MoEConfig) -> Routing | None:
-    """Drop past the capacity, counted over all devices; None if nothing may drop."""
-    capacity = _capacity(config, routing.experts.shape[0])
-    return None if capacity is None else limited(routing, capacity)
-
-
-def _mix(
-    x: Float[Array, "b t d"], routing: Routing, experts: GatedExperts, config: MoEConfig
-) -> Float[Array, "b t d"]:
-    """Apply the experts, each device to its own piece."""
-    expert_axis, tensor_axis = partition.axis("expert"), partition.axis("tensor")
-    devices = 1
-    if expert_axis is not None:
-        devices = jax.sharding.get_abstract_mesh().shape[expert_axis]
-    if config.experts % devices:
-        raise ValueError(
-            f"experts={config.experts}: the mesh axis 'expert' of {devices} devices"
-            " must divide them"
-        )
-    total = _capacity(config, routing.experts.shape[0])
-
-    def local(x: Array, chosen: Array, weights: Array, experts: GatedExperts) -> Array:
-        rows, chosen, weights = (
-            a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights)
-        )
-        capacity = None  # of a buffer: what does not fit is already dropped
-        if total is not None and has_buffers(config.dispatcher):
-            capacity = min(total, rows.shape[0] * devices)
-        dispatch = dispatch_of(
-            config.dispatcher, activation=config.activation, capacity=capacity
-        )
-        y = exchange(
-            dispatch,
-            rows,
-            chosen,
-            weights,
-            experts,
-            expert_axis=expert_axis,
-            tensor_axis=tensor_axis,
-        )
-        return y.reshape(x.shape)
-
-    # Not flattened: a device keeps the tokens it has, whatever axis cuts a sequence.
-    per_token = [
-        a.reshape(*x.shape[:2], -1) for a in (routing.experts, routing.weights)
-    ]
-    weight_axes = GatedExperts("e d f", "e d f", "e f d")  # pyright: ignore
-    return partition.per_shard(
-        local, inputs=("b t d", "b t k", "b t k", weight_axes), outputs="b t d"
-    )(x, *per_token, experts)

@@ -31,8 +31,8 @@ class _Computation(NamedTuple):
     constants: list[int]
 
 
-def _bytes(text: str) -> int:
-    """Give the size of the largest array in a result's type."""
+def _sizes(text: str) -> list[int]:
+    """Give the bytes of each array in a result's type."""
 
     def size(dtype: str, shape: str) -> int:
         digits = re.search(r"\d+", dtype)
@@ -42,7 +42,7 @@ def _bytes(text: str) -> int:
             count *= int(extent)
         return count * bits // 8
 
-    return max((size(*array) for array in _ARRAY.findall(text)), default=0)
+    return [size(*array) for array in _ARRAY.findall(text)]
 
 
 def _moved(line: str, found: re.Match, sizes: dict[str, int]) -> int:
@@ -50,7 +50,9 @@ def _moved(line: str, found: re.Match, sizes: dict[str, int]) -> int:
 
     One end of a ragged collective is the rows there are, the other the room for more.
     """
-    size = _bytes(line[: found.start()].partition("=")[2])
+    parts = _sizes(line[: found.start()].partition("=")[2])
+    # Several results are moved together; a start's results hold its operands too.
+    size = max(parts, default=0) if found[2] else sum(parts)
     operand = _OPERAND.match(line, found.end())
     if found[1] != "ragged-all-to-all" or operand is None:
         return size
@@ -78,7 +80,7 @@ def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
             continue
         named = _NAME.match(line)
         if named:
-            sizes[named[1]] = _bytes(line[named.end() :].partition("(")[0])
+            sizes[named[1]] = sum(_sizes(line[named.end() :].partition("(")[0]))
         found = _COLLECTIVE.search(line)
         if found:
             here.moved[found[1]] += _moved(line, found, sizes)

@@ -1,0 +1,94 @@
+"""Traffic: what an exchange must move, counted from its shapes alone.
+
+Bytes are of collectives' results on one device, the device's own part included, as
+``sparsejax.sharding.hlo.collective_bytes`` counts them in a compiled program. The share
+that really leaves a device is ``(devices - 1) / devices`` of it.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from sparsejax.config import near
+
+__all__ = ["Traffic", "exchange_bytes"]
+
+WORD = 4  # bytes of an id, a weight, a float32 sum
+
+
+class Traffic(NamedTuple):
+    """Bytes by kind of collective, of one layer on one device."""
+
+    forward: dict[str, int]
+    backward: dict[str, int]
+
+
+def exchange_bytes(
+    name: str,
+    *,
+    tokens: int,
+    per_token: int,
+    width: int,
+    devices: int,
+    dtype: DTypeLike = jnp.float32,
+    rows: int | None = None,
+) -> Traffic:
+    """Count what one layer's exchange moves in one pass forward and one back.
+
+    Args:
+        name: a name of ``EXCHANGES``.
+        tokens: of one device.
+        devices: along the expert axis.
+        rows: of a buffer between two devices, for all_to_all; None: all slots.
+
+    Raises:
+        ValueError: if there is no such exchange.
+    """
+    row, slots = width * jnp.dtype(dtype).itemsize, tokens * per_token
+    if name not in COUNTS:
+        raise ValueError(f"exchange={name!r}: no such name{near(name, COUNTS)}")
+    return COUNTS[name](tokens, slots, row, width, devices, rows or slots)
+
+
+def _ring(
+    tokens: int, slots: int, row: int, width: int, devices: int, rows: int
+) -> Traffic:
+    """All tokens come with ids and weights; float32 sums go back."""
+    del rows
+    sums = tokens * width * WORD
+    return Traffic(
+        {
+            "all-gather": devices * (tokens * row + 2 * slots * WORD),
+            "reduce-scatter": sums,
+        },
+        {"all-gather": devices * sums, "reduce-scatter": tokens * row + slots * WORD},
+    )
+
+
+def _all_to_all(
+    tokens: int, slots: int, row: int, width: int, devices: int, rows: int
+) -> Traffic:
+    """A buffer to each device and back, and the ids of its rows."""
+    del tokens, slots, width
+    return Traffic(
+        {"all-to-all": devices * rows * (2 * row + WORD)},
+        {"all-to-all": devices * rows * 2 * row},
+    )
+
+
+def _ragged(
+    tokens: int, slots: int, row: int, width: int, devices: int, rows: int
+) -> Traffic:
+    """Each slot's row there and back, its id, and the table of sizes."""
+    del tokens, width, rows
+    return Traffic(
+        {
+            "ragged-all-to-all": slots * (2 * row + WORD),
+            "all-gather": devices * devices * WORD,
+        },
+        {"ragged-all-to-all": slots * 2 * row},
+    )
+
+
+COUNTS = {"ring": _ring, "all_to_all": _all_to_all, "ragged_all_to_all": _ragged}
