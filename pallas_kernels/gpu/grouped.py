@@ -122,7 +122,8 @@ def rows_by_rows(
         return pl.ds(pl.multiple_of(_first(item, step, rows), ALIGNED), STEP)
 
     def left(refs: Any, item: Item, step: Any, warpgroup: int) -> Any:
-        columns = pl.ds(item.row + warpgroup * ROWS, ROWS)
+        first = pl.multiple_of(item.row + warpgroup * ROWS, ROWS)
+        columns = pl.ds(first, ROWS)
         return refs["left"].at[span(item, step), columns]
 
     def right(refs: Any, item: Item, step: Any) -> Any:
@@ -217,7 +218,7 @@ def _store_rows(refs: Any, tiles: Any, item: Item, group: Any, y: Any) -> None:
 
 
 def _store_whole(refs: Any, tiles: Any, item: Item, group: Any, y: Any) -> None:
-    rows = pl.ds(item.row + group * ROWS, ROWS)
+    rows = pl.ds(pl.multiple_of(item.row + group * ROWS, ROWS), ROWS)
     for n in range(y.shape[1] // STEP):
         columns = pl.ds(item.column + n * STEP, STEP)
         target = refs["out"].at[item.group, rows, columns]

@@ -166,16 +166,21 @@ def launch(
     def kernel(*given: Any, **tiles: Any) -> None:
         refs = dict(zip(names, given, strict=True))
         program, group = lax.axis_index("program"), lax.axis_index("group")
-        every = jnp.int32(tiling.programs)
-        count = lax.div(work.items(refs) - program + (every - 1), every)
+        every, total = jnp.int32(tiling.programs), work.items(refs)
+        count = lax.div(total - program + (every - 1), every)
+
+        def find(n: Any) -> Item:
+            return work.item(refs, jnp.minimum(program + n * every, total - 1))
 
         def walk(visit: Callable[[Item, Any], None]) -> None:
-            def one(n: Any, turn: Any) -> Any:
-                item = work.item(refs, program + n * every)
+            def one(n: Any, carry: tuple[Any, Item]) -> tuple[Any, Item]:
+                turn, item = carry
+                following = find(n + 1)  # asked for early: it arrives meanwhile
+                item = item._replace(column=pl.multiple_of(item.column, STEP))
                 visit(item, turn)
-                return turn + item.steps
+                return turn + item.steps, following
 
-            lax.fori_loop(0, count, one, jnp.int32(0))
+            lax.fori_loop(0, count, one, (jnp.int32(0), find(jnp.int32(0))))
 
         @pl.when(group < groups)
         def _() -> None:
