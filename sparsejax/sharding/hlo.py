@@ -53,10 +53,11 @@ def _moved(line: str, found: re.Match, sizes: dict[str, int]) -> int:
     parts = _sizes(line[: found.start()].partition("=")[2])
     # Several results are moved together; a start's results hold its operands too.
     size = max(parts, default=0) if found[2] else sum(parts)
-    operand = _OPERAND.match(line, found.end())
-    if found[1] != "ragged-all-to-all" or operand is None:
+    if found[1] != "ragged-all-to-all":
         return size
-    return min(size, sizes.get(operand[1]) or size)
+    operand = _OPERAND.match(line, found.end())
+    ends = parts[:2] if found[2] else [size, sizes.get(operand[1] if operand else "")]
+    return min(filter(None, ends), default=0)
 
 
 def _parse(text: str) -> tuple[str, dict[str, _Computation]]:

@@ -58,3 +58,12 @@ def test_a_ragged_collective_moves_its_rows_and_not_the_room_for_more(rows, room
     assert collective_bytes(ragged_program(rows, room)) == {
         "ragged-all-to-all": 3 * 4 * 4
     }
+
+
+def test_a_started_ragged_collective_counts_the_smaller_of_its_two_ends():
+    text = """ENTRY %main (x: f32[8]) -> f32[8] {
+  %go = ((bf16[64,8]{1,0:T(8,128)}, bf16[16,8]), bf16[16,8], u32[])\
+ ragged-all-to-all-start(%x, %y), channel_id=1
+  %end = bf16[16,8] ragged-all-to-all-done(%go)
+}"""
+    assert collective_bytes(text) == {"ragged-all-to-all": 16 * 8 * 2}
