@@ -222,9 +222,28 @@ def _users(root: Path) -> dict[str, set[str]]:
         found[path.relative_to(root).as_posix()] = chosen
     for path in sorted(root.glob("notebooks/*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
-        code = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
-        found[path.relative_to(root).as_posix()] = set(re.findall(r"\w+", code))
+        code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+        found[path.relative_to(root).as_posix()] = _named(ast.parse("\n".join(code)))
     return found
+
+
+def _named(tree: ast.Module) -> set[str]:
+    """Strings, what is imported from the package, and what its modules are asked for.
+
+    Not methods of other things: ``ax.set`` is no use of ``set_``.
+    """
+    words, foreign = set(), set()
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Constant) and isinstance(n.value, str):
+            words.add(n.value)
+        elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
+            foreign.add(n.id)
+        elif isinstance(n, ast.Import | ast.ImportFrom):
+            ours = getattr(n, "module", n.names[0].name).startswith("sparsejax")
+            (words if ours else foreign).update(a.asname or a.name for a in n.names)
+    asked = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute))
+    asked = ((n.attr, n.value) for n in asked if isinstance(n.value, ast.Name))
+    return words | {name for name, of in asked if of.id not in foreign}
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:

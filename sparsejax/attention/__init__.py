@@ -24,7 +24,14 @@ from sparsejax.attention.patterns import (
     strided,
 )
 from sparsejax.attention.rope import rope
-from sparsejax.attention.selectors import METHODS, SELECTORS, Sizes, Work
+from sparsejax.attention.selectors import (
+    METHODS,
+    SELECTORS,
+    Centroids,
+    Sizes,
+    Work,
+    moved,
+)
 from sparsejax.attention.video_patterns import (
     diagonal,
     multi_diagonal,
@@ -41,6 +48,7 @@ __all__ = [
     "AttentionConfig",
     "BlockMask",
     "Cache",
+    "Centroids",
     "Pattern",
     "Segments",
     "Sizes",
@@ -57,6 +65,7 @@ __all__ = [
     "fixed",
     "full",
     "in_blocks",
+    "moved",
     "multi_diagonal",
     "power_attention",
     "prefix",

@@ -25,7 +25,7 @@ class Segments(NamedTuple):
 
 def join_sinks(attended: Attended, sinks: Float[Array, " h"]) -> Attended:
     """Let one more logit per head, with value zero, join a finished softmax."""
-    lse = jnp.logaddexp(attended.lse, sinks.astype("float32")[None, :, None])
+    lse = jnp.logaddexp(attended.lse, sinks.astype(attended.lse.dtype)[None, :, None])
     kept = jnp.exp(attended.lse - lse).mT[..., None]
     values = attended.values
     return Attended((values * kept).astype(values.dtype), lse)

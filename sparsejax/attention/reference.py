@@ -21,7 +21,7 @@ def reference(
     bias: Float[Array, "b g s"] | None = None,
 ) -> Attended:
     """Masked softmax attention over a dense score matrix; rows of no key give 0."""
-    wide = jnp.promote_types(q.dtype, "float32")
+    wide = "float64" if q.dtype == "float64" else "float32"
     (b, t, h, c), s = q.shape, k.shape[1]
     grouped = q.astype(wide).reshape(b, t, k.shape[2], -1, c)
     scores = scale * jnp.einsum("btgrc,bsgc->bgrts", grouped, k.astype(wide))

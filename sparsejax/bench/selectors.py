@@ -7,15 +7,19 @@ Each row of ``results/selectors.csv`` is one method at one length beside dense c
 attention by XLA, in turns: the whole mixer, choosing included. ``crossover`` is the
 shortest measured length from which on the method is always faster.
 For MoBA, choosing is also timed alone, beside the attention over what it chose.
+Rows of methods and lengths that are not asked for stay; what all of them say goes into
+the table in ``docs/attention.md``.
 """
 
 import argparse
 import dataclasses
 import functools
+import itertools
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,10 +48,11 @@ from sparsejax.bench.attention import (
     race,
     ratio,
 )
-from sparsejax.bench.table import markdown, provenance, write_rows
+from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
 from sparsejax.train.plots import style
 from sparsejax.typing import Array
 
+DOCUMENT = ROOT / "docs" / "attention.md"
 SIZES = Sizes(HEADS * WIDTH, HEADS, HEADS, WIDTH)
 COLUMNS = {
     "method": "method",
@@ -57,6 +62,14 @@ COLUMNS = {
     "dense_ms": "dense XLA, ms",
     "dense_ratio": "times dense",
 }
+SUMMARY = {
+    "method": "method",
+    "forward": "faster forward from",
+    "both": "forward + backward from",
+    "longest": "longest measured",
+    "ratio": "times dense there, forward + backward",
+}
+MARKS = "<!-- from results/selectors.csv -->\n", "<!-- end -->"
 CHOOSING = {
     "work": "work",
     "attend_ms": "attention, ms",
@@ -108,7 +121,7 @@ def rows_of(
         found.append(
             {
                 "method": method,
-                "length": length,
+                "length": str(length),
                 "pass": work.passes,
                 "ours_ms": milliseconds(times["ours"]),
                 "dense_ms": milliseconds(times["dense"]),
@@ -144,7 +157,7 @@ def milliseconds(seconds: list[float]) -> str:
     return f"{1e3 * statistics.median(seconds):.2f}"
 
 
-def crossover(rows: list[Mapping[str, Any]]) -> int | None:
+def crossover(rows: Sequence[Mapping[str, Any]]) -> int | None:
     """Shortest length from which on all ratios are above 1; None if the last is not."""
     found = None
     for row in sorted(rows, key=lambda row: -int(row["length"])):
@@ -154,7 +167,38 @@ def crossover(rows: list[Mapping[str, Any]]) -> int | None:
     return found
 
 
-def draw(axes: Axes, rows: list[Mapping[str, Any]]) -> Axes:
+def summary(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay out, for each method, the crossovers and the ratio at the longest length."""
+    found = []
+    for method in sorted({row["method"] for row in rows}):
+        own = sorted(of(rows, method=method), key=lambda row: int(row["length"]))
+        both = of(own, **{"pass": "forward + backward"})
+        forward = of(own, **{"pass": "forward"})
+        found.append(
+            {
+                "method": f"`{method}`",
+                "forward": crossover(forward) or "not yet",
+                "both": crossover(both) or "not yet",
+                "longest": both[-1]["length"],
+                "ratio": both[-1]["dense_ratio"],
+            }
+        )
+    return markdown(found, SUMMARY)
+
+
+def of(rows: Sequence[Mapping[str, Any]], **values: str) -> list[Mapping[str, Any]]:
+    """Give the rows with these values."""
+    return [row for row in rows if all(row[k] == v for k, v in values.items())]
+
+
+def summarise(document: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Put the summary between the document's marks."""
+    head, begin, rest = document.read_text().partition(MARKS[0])
+    _, end, tail = rest.partition(MARKS[1])
+    document.write_text(f"{head}{begin}\n{summary(rows)}\n\n{end}{tail}")
+
+
+def draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> Axes:
     """Draw how many times faster than dense each method is, over the length."""
     curves = defaultdict(list)
     for row in rows:
@@ -162,7 +206,7 @@ def draw(axes: Axes, rows: list[Mapping[str, Any]]) -> Axes:
             point = int(row["length"]), float(row["dense_ratio"])
             curves[row["method"]].append(point)
     for method, points in curves.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=method)
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
     axes.axhline(1, color="grey", linewidth=1, linestyle="--")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -183,22 +227,30 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=4.0, help="for each row")
     flags = parser.parse_args(argv)
     pace = {"rounds": flags.rounds, "seconds": flags.seconds}
-    about, rows = provenance(), []
-    for method in flags.methods:
-        for length in sorted(flags.lengths):
-            rows += [row | about for row in rows_of(method, length, **pace)]
-            path = write_rows("selectors", rows)
-    sys.stdout.write(markdown(rows, COLUMNS) + "\n")
-    longest = max(flags.lengths)
-    tops = [top for top in (3, 8) if top * BLOCK <= longest]
-    chosen = [choosing(longest, top, **pace) for top in tops]
-    write_rows("choosing", [row | about for row in chosen])
-    sys.stdout.write("\n" + markdown(chosen, CHOOSING) + "\n\n")
-    for method in flags.methods:
-        own = [r for r in rows if r["method"] == method and "backward" in r["pass"]]
-        sys.stdout.write(f"{method}: crossover {crossover(own) or 'beyond'}\n")
+    about, asked = provenance(), set(itertools.product(flags.methods, flags.lengths))
+    rows = [
+        row
+        for row in read_rows("selectors")
+        if (row["method"], int(row["length"])) not in asked
+    ]
+    for method, length in sorted(asked):
+        rows += [row | about for row in rows_of(method, length, **pace)]
+        path = write_rows("selectors", sorted(rows, key=_order))
+    rows.sort(key=_order)
+    sys.stdout.write(markdown(rows, COLUMNS) + "\n\n" + summary(rows) + "\n")
+    if "moba" in flags.methods:
+        longest = max(flags.lengths)
+        tops = [top for top in (3, 8) if top * BLOCK <= longest]
+        chosen = [choosing(longest, top, **pace) for top in tops]
+        write_rows("choosing", [row | about for row in chosen])
+        sys.stdout.write("\n" + markdown(chosen, CHOOSING) + "\n")
+    summarise(DOCUMENT, rows)
     with style():
         figure = Figure(figsize=(6, 4))
         draw(figure.subplots(), rows)
         FigureCanvasAgg(figure).print_png(path.with_suffix(".png"))
     return 0
+
+
+def _order(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    return row["method"], int(row["length"]), row["pass"]

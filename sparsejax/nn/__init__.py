@@ -1,7 +1,8 @@
 """Models composed of the families."""
 
 from sparsejax.nn.config import GatedConfig, LayerSpec, ModelConfig
-from sparsejax.nn.transformer import Hidden, Transformer, rebalanced
+from sparsejax.nn.refresh import refreshed
+from sparsejax.nn.transformer import Hidden, Transformer
 
 __all__ = [
     "GatedConfig",
@@ -9,5 +10,5 @@ __all__ = [
     "LayerSpec",
     "ModelConfig",
     "Transformer",
-    "rebalanced",
+    "refreshed",
 ]

@@ -7,15 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.attention import Sizes, empty_cache
-from sparsejax.moe import MoEConfig, updated_bias
 from sparsejax.nn.blocks import RMSNorm
 from sparsejax.nn.config import LayerSpec, ModelConfig, runs
 from sparsejax.nn.stack import Stack
 from sparsejax.partition import constrain
-from sparsejax.tree import map_with_path
 from sparsejax.typing import Array, Float, Int, PyTree
 
-__all__ = ["Hidden", "Transformer", "rebalanced"]
+__all__ = ["Hidden", "Transformer"]
 
 VOCABULARY_MULTIPLE = 64  # so that the table can be cut along any usual mesh axis
 
@@ -131,34 +129,3 @@ def _joined(parts: list[tuple[list[int], Array]]) -> Array:
     layers = [layer for of, _ in parts for layer in of]
     order = sorted(range(len(layers)), key=layers.__getitem__)
     return jnp.concatenate([value for _, value in parts])[jnp.array(order)]
-
-
-def rebalanced(
-    config: ModelConfig, variables: PyTree, metrics: dict[str, Array]
-) -> PyTree:
-    """Move every router's bias by what its experts were given in a step.
-
-    Args:
-        config: the model's.
-        variables: its state that is not parameters.
-        metrics: of the step; ``moe/load`` has a row for each routed layer.
-    """
-    ffn = config.ffn
-    if not isinstance(ffn, MoEConfig) or ffn.bias_rate is None:
-        return variables
-    rate = ffn.bias_rate
-    routed = [
-        n for n in range(config.depth) if config.layer(n).feed_forward == config.ffn
-    ]
-
-    def move(path: str, value: Array) -> Array:
-        parts = path.split("/")  # stacks/0/blocks/1/moe/bias
-        if parts[-1] != "bias":
-            return value
-        run = runs(config)[int(parts[1])]
-        first, period = run.start + int(parts[3]), len(run.period)
-        rows = [routed.index(first + n * period) for n in range(run.repeats)]
-        load = metrics["moe/load"][jnp.array(rows)]
-        return updated_bias(value, load, rate)
-
-    return map_with_path(move, variables)

@@ -16,7 +16,7 @@ from flax import nnx
 
 from sparsejax import masked
 from sparsejax.data import Batch
-from sparsejax.nn import Transformer, rebalanced
+from sparsejax.nn import Transformer, refreshed
 from sparsejax.partition import BATCH, constrain
 from sparsejax.train.config import Config
 from sparsejax.train.optim import make_optimizer, make_schedule
@@ -155,11 +155,11 @@ class Step:
         scalars = {"loss": losses.nll / losses.tokens}
         scalars |= {f"loss/{name}": value for name, value in aside[0].items()}
         scalars |= {"gradient_norm": norms[0], "update_norm": norms[1]}
-        variables = rebalanced(self.config.model, state.variables, aside[1])
+        variables, said = refreshed(self.config.model, state.variables, aside[1])
         step = state.step + 1
         values = jnp.stack([scalars[name] for name in statistics(scalars)])
         fault = _first_fault(state.fault, step, values)
-        metrics = scalars | aside[1] | {"learning_rate": self.schedule(state.step)}
+        metrics = scalars | said | {"learning_rate": self.schedule(state.step)}
         metrics |= {"batch_tokens": losses.tokens}
         if self.config.masked is not None:
             metrics |= masked.metrics(masked.masks_of(opt), masked.masks_of(state.opt))

@@ -28,6 +28,7 @@ SOME = {
     "dsa": INDEXER | {"top": 7},
     "moba": {"top": 3},
     "nsa": BRANCHES | {"top": 3},
+    "routing": {"clusters": 3, "top": 4, "local": 1},
 }
 ALL = {
     "biformer": {"top": 6},
@@ -38,6 +39,7 @@ ALL = {
     "dsa": INDEXER | {"top": T},
     "moba": {"top": 6},
     "nsa": BRANCHES | {"top": 6},
+    "routing": {"clusters": 1, "top": T},
 }
 ONE = {
     "biformer": {"top": 1},
@@ -48,6 +50,7 @@ ONE = {
     "dsa": INDEXER | {"top": 1},
     "moba": {"top": 1},
     "nsa": BRANCHES | {"first": 0, "top": 1},
+    "routing": {"top": 1},
 }
 
 
@@ -153,6 +156,12 @@ def call_dma(q, k, *, top=6, **changes):
     return SELECTORS["dma"](q, k, bias=bias, top=top, **changes)
 
 
+def call_routing(q, k, *, top=6, **changes):
+    centroids = jax.random.normal(jax.random.key(7), (1, 3, q.shape[-1]))
+    centroids = centroids.repeat(k.shape[2], axis=0)
+    return SELECTORS["routing"](q, k, centroids=centroids, top=top, **changes)
+
+
 CALLS = {
     "biformer": call_biformer,
     "dma": call_dma,
@@ -160,6 +169,7 @@ CALLS = {
     "dsa": call_dsa,
     "moba": call_moba,
     "nsa": call_nsa,
+    "routing": call_routing,
 }
 
 

@@ -137,7 +137,7 @@ def test_documents_do_not_learn_of_each_other(name, key):
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
-@pytest.mark.parametrize("shape", [{"data": 2, "tensor": 2, "context": 2}], ids=str)
+@pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2, "context": 2}], ids=str)
 def test_any_mesh_gives_the_values_and_gradients_of_one_device(name, shape, key):
     graph, state = nnx.split(layer(name, learned_sinks=True))
     x = jax.random.normal(key, (2, T, WIDTH))
@@ -234,7 +234,7 @@ def test_permuting_head_groups_permutes_the_mask(name, key):
     np.testing.assert_array_equal(found, each.reshape(2, 4, T, T))
 
 
-@pytest.mark.parametrize("name", sorted(set(CALLS) - {"dma"}))
+@pytest.mark.parametrize("name", sorted(set(CALLS) - {"dma", "routing"}))
 def test_ties_go_to_the_earlier_keys(name):
     q, k = jnp.zeros((1, T, 4, 8)), jnp.zeros((1, T, 2, 8))
     mask = selected(name, q, k)
@@ -253,6 +253,14 @@ def test_a_budget_beyond_what_is_there_is_refused(name, key):
         selected(name, q, k, **beyond)
     mask = selected(name, q, k, **beyond, place=Place(cached=True))
     assert jnp.isfinite(mask.count.sum())
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_a_layer_refuses_a_budget_beyond_what_is_there(name):
+    model = layer(name, SOME[name] | {"top": 10**6})
+    words = r"selection.top=1000000: there are only \d+ .*; choose at most \d+"
+    with pytest.raises(ValueError, match=words):
+        value(model, jnp.zeros((1, T, WIDTH)))
 
 
 @pytest.mark.parametrize(

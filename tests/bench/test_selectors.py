@@ -33,17 +33,29 @@ def test_the_crossover_is_where_the_method_stays_faster():
 
 def test_the_table_and_its_picture_are_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "DOCUMENT", tmp_path / "page.md")
+    begin, end = bench.MARKS
+    bench.DOCUMENT.write_text(f"head\n{begin}old{end}\ntail\n")
+    about = {"pass": "forward", "ours_ms": "1", "dense_ms": "2", "dense_ratio": "2"}
+    old = [{"method": "dma", "length": "256"} | about]
+    old += [old[0] | {"pass": "forward + backward", "dense_ratio": "0.5"}]
+    table.write_rows("selectors", [*old, old[0] | {"method": "moba", "length": "512"}])
     flags = ["--rounds=1", "--lengths", "256", "512", "--methods", "moba"]
     assert bench.main(flags) == 0
     with (tmp_path / "selectors.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(r["length"], r["pass"]) for r in rows] == [
-        ("512", "forward"),
-        ("512", "forward + backward"),
+    assert [(r["method"], r["length"], r["pass"]) for r in rows] == [
+        ("dma", "256", "forward"),
+        ("dma", "256", "forward + backward"),
+        ("moba", "512", "forward"),
+        ("moba", "512", "forward + backward"),
     ]
     assert all(float(row["dense_ratio"]) > 0 for row in rows)
     said = capsys.readouterr()
-    assert "moba: crossover" in said.out
+    page = bench.DOCUMENT.read_text()
+    assert page == f"head\n{begin}\n{bench.summary(rows)}\n\n{end}\ntail\n"
+    assert "| `dma` | 256 | not yet | 256 | 0.5 |" in page
+    assert bench.summary(rows) in said.out
     assert "top=3" in said.err  # why 256 has no row
     assert (tmp_path / "selectors.png").read_bytes()[:4] == b"\x89PNG"
     assert (tmp_path / "choosing.csv").exists()
@@ -52,3 +64,7 @@ def test_the_table_and_its_picture_are_written(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_every_method_can_be_measured(method):
     assert callable(bench.mixer(method, 1024))
+
+
+def test_the_page_says_what_the_results_do():
+    assert bench.summary(table.read_rows("selectors")) in bench.DOCUMENT.read_text()

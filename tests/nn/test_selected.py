@@ -20,6 +20,7 @@ SELECTIONS = {
     "misa": {"top": 6, "heads": 2, "width": 8, "rotated": 4, "routed": 1, "block": 4},
     "dma": {"top": 6},
     "persistent_memory": {"slots": 3},
+    "routing": {"clusters": 3, "top": 6},
 }
 
 
@@ -107,5 +108,6 @@ def test_the_pairs_of_the_cost_are_those_of_the_masks(name):
         "moba": blocks,
         "nsa": blocks + np.minimum(t + 1, 6) + np.maximum((t - 3) // 2 + 1, 0),
         "persistent_memory": t + 1 + 3,
+        "routing": np.minimum(t // 3, 5) + 1,  # as if clusters were equally large
     }
     assert found == pytest.approx(expected.get(name, np.minimum(t + 1, 6)).sum())

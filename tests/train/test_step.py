@@ -109,3 +109,31 @@ def test_z_loss_pulls_the_normaliser_to_zero():
             return float(evaluate(state, part).z)
 
     assert normaliser(1.0) < normaliser(0.0)
+
+
+def test_centroids_follow_their_members_on_every_mesh_alike():
+    attention = {"selector": "routing", "selection": {"clusters": 4, "top": 8}}
+    sizes = {"block_q": 16, "block_kv": 16, "dense_every": 2}
+    model = {**toy.TOY["model"], "attention": attention | sizes}
+    model |= {"ffn": {"kind": "gated", "hidden": 16}, "memory": None}
+    model |= {"memory_layers": (), "depth": 4}
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
+
+    def centroids(devices=None, **changes):
+        config = toy.toy(model=model, masked=None, **changes)
+        _, state, train, _, mesh = toy.start(config, devices)
+        found = [jax.tree.map(np.array, leaves(state.variables))]
+        with jax.set_mesh(mesh):
+            for index in range(3):
+                state, metrics = train(state, toy.batch(index))
+        assert not [name for name in metrics if name.startswith("attention/sums")]
+        return [*found, jax.tree.map(np.array, leaves(state.variables))]
+
+    before, after = centroids(toy.one_device())
+    (name,) = before
+    assert name == "stacks/0/blocks/0/attention/mixer/centroids"
+    assert before[name].shape == (2, 2, 4, 8)
+    assert (before[name] != after[name]).any(axis=-1).all()
+    for changes in ({"mesh": mesh}, {"optim": {**toy.TOY["optim"], "accumulate": 2}}):
+        found = centroids(toy.one_device() if "optim" in changes else None, **changes)
+        np.testing.assert_allclose(found[1][name], after[name], rtol=0, atol=2e-6)

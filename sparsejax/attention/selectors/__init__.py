@@ -35,8 +35,24 @@ from sparsejax.attention.selectors.plain import (
     Sizes,
     Work,
 )
+from sparsejax.attention.selectors.routing import (
+    Centroids,
+    Routing,
+    RoutingOptions,
+    moved,
+    routing,
+)
 
-__all__ = ["METHODS", "SELECTORS", "Method", "Patterned", "Sizes", "Work"]
+__all__ = [
+    "METHODS",
+    "SELECTORS",
+    "Centroids",
+    "Method",
+    "Patterned",
+    "Sizes",
+    "Work",
+    "moved",
+]
 
 SELECTORS: dict[str, Callable[..., BlockMask]] = {
     "biformer": biformer,
@@ -45,6 +61,7 @@ SELECTORS: dict[str, Callable[..., BlockMask]] = {
     "misa": misa,
     "moba": moba,
     "nsa": nsa,
+    "routing": routing,
 }
 
 METHODS: dict[str, Method] = {
@@ -58,4 +75,5 @@ METHODS: dict[str, Method] = {
     "persistent_memory": Method(
         PersistentMemoryOptions, PersistentMemory, patterned=True
     ),
+    "routing": Method(RoutingOptions, Routing),
 }
