@@ -41,10 +41,35 @@ COLUMNS = {
 }
 
 
+def _triangle(n: int, density: float) -> np.ndarray:
+    del density  # half of the square, and the diagonal
+    i, j = np.ogrid[:n, :n]
+    return (i >= j)[None]
+
+
+def _window(n: int, density: float) -> np.ndarray:
+    i, j = np.ogrid[:n, :n]
+    wanted = max(1, round(density * n))  # blocks a row, on average
+    # A window of w blocks and one of sinks: (w + 1) n - w^2 / 2 blocks live.
+    w = round(n - np.sqrt(max(n * n - 2 * n * wanted, 0)))
+    return ((i >= j) & ((i - j < w) | (j == 0)))[None]
+
+
+def _chosen(n: int, density: float) -> np.ndarray:
+    i, j = np.ogrid[:n, :n]
+    scores = np.random.default_rng(0).random((HEADS, n, n))
+    scores = np.where(i == j, 2, np.where(i > j, scores, -1))
+    share = np.minimum(1, 2 * density)  # of what a row may read
+    return scores > 1 - share
+
+
+LIVE = {"causal": _triangle, "window": _window, "chosen": _chosen}
+
+
 class Work(NamedTuple):
     """Which blocks of a causal square each head reads, and what is measured."""
 
-    kind: str  # "causal", "window" or "chosen"
+    kind: str  # a key of LIVE
     length: int
     density: float  # of the square, about
     backward: bool
@@ -61,19 +86,7 @@ class Work(NamedTuple):
 
     def live(self) -> np.ndarray:
         """Draw the live blocks, "h i j"; every query block reads its own."""
-        n = self.length // BLOCK
-        i, j = np.ogrid[:n, :n]
-        if self.kind == "causal":
-            return (i >= j)[None]
-        wanted = max(1, round(self.density * n))  # blocks a row, on average
-        if self.kind == "window":
-            # A window of w blocks and one of sinks: (w + 1) n - w^2 / 2 blocks live.
-            w = round(n - np.sqrt(max(n * n - 2 * n * wanted, 0)))
-            return ((i >= j) & ((i - j < w) | (j == 0)))[None]
-        scores = np.random.default_rng(0).random((HEADS, n, n))
-        scores = np.where(i == j, 2, np.where(i > j, scores, -1))
-        share = np.minimum(1, 2 * self.density)  # of what a row may read
-        return scores > 1 - share
+        return LIVE[self.kind](self.length // BLOCK, self.density)
 
     def mask(self) -> BlockMask:
         """Build the blocks' mask; the diagonal ones are causal inside."""
@@ -199,7 +212,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536]
     )
-    parser.add_argument("--kinds", nargs="+", default=["causal", "window", "chosen"])
+    parser.add_argument("--kinds", nargs="+", default=list(LIVE))
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args(argv)
     about, rows = provenance(), []
