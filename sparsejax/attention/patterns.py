@@ -332,6 +332,9 @@ def dilated(window: int, dilation: int) -> Pattern:
 def streaming_llm(sinks: int, window: int) -> Pattern:
     """Attention sinks at the start of the sequence plus a sliding window.
 
+    Of a row that packs several documents only the first has sinks, because a pattern
+    counts positions in the row; ``learned_sinks`` gives every document one.
+
     Source: Xiao et al. 2023, arXiv:2309.17453, Sec. 3.2.
     """
     return causal() & (first(sinks) | sliding_window(window))
