@@ -5,12 +5,14 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from sparsejax.train.metrics import read_metrics
 from tests.train import toy
 
 ROOT = Path(__file__).parents[2]
+PATIENCE = 1200  # seconds: a busy machine is slow, and only a run that hangs is wrong
 CONFIG = """
 import json
 from ml_collections import ConfigDict
@@ -41,7 +43,7 @@ def launch(config, workdir, *, count, port=0):
     env = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(8 // count),
         "JAX_PLATFORMS": "cpu",
-        "SPARSEJAX_HEARTBEAT_SECONDS": "10",
+        "SPARSEJAX_HEARTBEAT_SECONDS": "20",
     }
     flags = [f"--config={config}", f"--workdir={workdir}"]
     if count > 1:
@@ -60,6 +62,16 @@ def launch(config, workdir, *, count, port=0):
     ]
 
 
+def wait_for_lines(record, count, processes):
+    """Wait until a run's record has as many lines; fail if it ends or hangs before."""
+    until = time.monotonic() + PATIENCE
+    while not record.exists() or record.read_text().count("\n") < count:
+        ended = [process.poll() for process in processes]
+        assert not any(status is not None for status in ended), finish(processes)
+        assert time.monotonic() < until, f"{record} has no line {count}"
+        time.sleep(0.01)
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
@@ -68,7 +80,7 @@ def free_port():
 
 def finish(processes):
     """Wait; (exit status, last line on stderr) of each."""
-    said = [process.communicate(timeout=280)[1] for process in processes]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
     lines = [text.strip().splitlines()[-1] if text.strip() else "" for text in said]
     return [(p.returncode, line) for p, line in zip(processes, lines, strict=True)]
 

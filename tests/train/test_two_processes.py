@@ -1,16 +1,23 @@
 """Two real processes on loopback train what one process trains."""
 
 import signal
-import time
 
 import numpy as np
 import pytest
 
 from sparsejax.train.metrics import read_metrics
-from tests.train.processes import figures, finish, free_port, launch, write_config
+from tests.train.processes import (
+    figures,
+    finish,
+    free_port,
+    launch,
+    wait_for_lines,
+    write_config,
+)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_processes_train_alike_and_resume_exactly(tmp_path):
     config = write_config(tmp_path)
     alone, whole, killed = (tmp_path / name for name in ("alone", "whole", "killed"))
@@ -23,12 +30,7 @@ def test_two_processes_train_alike_and_resume_exactly(tmp_path):
     np.testing.assert_allclose(one, two, rtol=0, atol=2e-6)
 
     processes = launch(config, killed, count=2, port=free_port())
-    record = killed / "metrics.jsonl"
-    until = time.monotonic() + 200
-    while time.monotonic() < until:
-        if record.exists() and record.read_text().count("\n") >= 6:
-            break
-        time.sleep(0.05)
+    wait_for_lines(killed / "metrics.jsonl", 6, processes)
     processes[1].send_signal(signal.SIGKILL)
     (status, line), _ = finish(processes)
     assert status != 0
