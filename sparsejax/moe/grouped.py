@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sparsejax.config import near
-from sparsejax.moe.grouped_gpu import mosaic_gpu, obstacle
+from sparsejax.moe.grouped_gpu import mosaic_gpu
 from sparsejax.moe.grouped_tpu import mosaic_tpu
 from sparsejax.moe.grouped_xla import xla
 from sparsejax.partition import platform
@@ -37,15 +37,14 @@ def grouped_matmul(
         group_sizes: rows of each group; their sum is at most the number of rows. Traced
             sizes cannot be refused: a negative one counts as 0, and what would lie past
             the rows is cut off.
-        implementation: a name of ``IMPLEMENTATIONS``. None is "mosaic_tpu" on a TPU,
-            "mosaic_gpu" on a Hopper GPU for dtypes and widths that its kernels take,
-            "xla" otherwise.
+        implementation: a name of ``IMPLEMENTATIONS``. None is "mosaic_tpu" on a TPU and
+            "xla" otherwise; "mosaic_gpu" has to be named until it has met a GPU.
 
     Raises:
         ValueError: for an unknown implementation or one that cannot run, for shapes
             that do not fit, and for sizes that are negative or too many.
     """
-    name = _default(x, w) if implementation is None else implementation
+    name = _default() if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r}: grouped_matmul has no such implementation"
@@ -57,11 +56,8 @@ def grouped_matmul(
     return IMPLEMENTATIONS[name](x, w, _bounded(group_sizes, x.shape[0]))
 
 
-def _default(x: Array, w: Array) -> str:
-    here = platform()
-    if here == "tpu":
-        return "mosaic_tpu"
-    return "mosaic_gpu" if here == "gpu" and obstacle(x, w) is None else "xla"
+def _default() -> str:
+    return "mosaic_tpu" if platform() == "tpu" else "xla"
 
 
 def _check(x: Array, w: Array, group_sizes: Array) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.config import ConfigError, require
@@ -58,8 +59,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Arrange the devices, all of them by default, as the config says."""
     devices = jax.devices() if devices is None else devices
     sizes = config.sizes(len(devices))
+    # An axis may need parts of a torus's: 16 experts' of a pod of 8 x 8 x 8 chips.
+    arranged = mesh_utils.create_device_mesh(
+        sizes, devices, allow_split_physical_axes=True
+    )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=kinds, devices=devices)
+    return Mesh(arranged, MESH_AXES, axis_types=kinds)
 
 
 def shardings(tree: PyTree, mesh: Mesh) -> PyTree:

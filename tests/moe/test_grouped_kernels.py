@@ -113,19 +113,12 @@ def test_a_poisoned_group_does_not_touch_its_neighbours(key, name):
     assert all(jnp.isfinite(a).all() for a in (y[first:], dx[first:], dw[1:]))
 
 
-def test_none_takes_the_kernel_of_the_platform_that_fits(monkeypatch):
-    def chosen(here, dtype, width):
-        monkeypatch.setattr(grouped, "platform", lambda: here)
-        x, w = jnp.zeros((8, width), dtype), jnp.zeros((2, width, 64), dtype)
-        with gpu.interpreted() if HAS_GPU_INTERPRETER else contextlib.nullcontext():
-            return grouped._default(x, w)
-
-    assert chosen("cpu", "bfloat16", 64) == "xla"
-    assert chosen("tpu", "bfloat16", 64) == "mosaic_tpu"
-    fits = "mosaic_gpu" if HAS_GPU_INTERPRETER else "xla"
-    assert chosen("gpu", "bfloat16", 64) == fits
-    assert chosen("gpu", "float32", 64) == "xla"
-    assert chosen("gpu", "bfloat16", 60) == "xla"
+@pytest.mark.parametrize(
+    ("here", "name"), [("cpu", "xla"), ("gpu", "xla"), ("tpu", "mosaic_tpu")]
+)
+def test_none_takes_the_kernel_of_the_platform(here, name, monkeypatch):
+    monkeypatch.setattr(grouped, "platform", lambda: here)
+    assert grouped._default() == name
 
 
 @pytest.mark.parametrize(
