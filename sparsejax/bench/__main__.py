@@ -10,6 +10,7 @@ BENCHES = (
     "attention_gpu",
     "comparison",
     "moe",
+    "routers",
     "selectors",
     "train",
 )

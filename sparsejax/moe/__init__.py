@@ -21,23 +21,30 @@ from sparsejax.moe.capacity import (
 from sparsejax.moe.config import MoEConfig
 from sparsejax.moe.dispatch import DISPATCHERS
 from sparsejax.moe.exchange import EXCHANGES, Exchange, apply_experts
-from sparsejax.moe.experts import ACTIVATIONS, GatedExperts
+from sparsejax.moe.experts import ACTIVATIONS, HIDDEN, GatedExperts
 from sparsejax.moe.grouped import grouped_matmul
-from sparsejax.moe.layer import MoE, RouterBias
+from sparsejax.moe.layer import MoE
 from sparsejax.moe.routers import ROUTERS, Routing
+from sparsejax.moe.sources import SOURCES, STATES, RouterBias, RouterState
+from sparsejax.moe.tables import TABLES
 
 __all__ = [
     "ACTIVATIONS",
     "DISPATCHERS",
     "EXCHANGES",
+    "HIDDEN",
     "PRIORITIES",
     "ROUNDINGS",
     "ROUTERS",
+    "SOURCES",
+    "STATES",
+    "TABLES",
     "Exchange",
     "GatedExperts",
     "MoE",
     "MoEConfig",
     "RouterBias",
+    "RouterState",
     "Routing",
     "apply_experts",
     "balance_loss",

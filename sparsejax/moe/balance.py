@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from sparsejax.moe.routers import Routing
+from sparsejax.moe.routers.routing import Routing, valid_mean
 from sparsejax.typing import Array, Bool, Float
 
 __all__ = [
@@ -34,15 +34,6 @@ def expert_load(routing: Routing, *, valid: Valid = None) -> Float[Array, " e"]:
     return visits.sum(axis=(0, 1)).astype(jnp.float32)
 
 
-def _mean(values: Float[Array, "n *rest"], valid: Valid) -> Float[Array, "*rest"]:
-    """Average over the valid tokens; 0 if there are none."""
-    if valid is None:
-        return values.sum(axis=0) / max(values.shape[0], 1)
-    live = valid.reshape(valid.shape + (1,) * (values.ndim - 1))
-    count = jnp.maximum(valid.sum(), 1).astype(values.dtype)
-    return jnp.where(live, values, 0).sum(axis=0) / count
-
-
 def _share(load: Float[Array, " e"]) -> Float[Array, " e"]:
     return load / jnp.maximum(load.sum(), 1)
 
@@ -54,7 +45,7 @@ def balance_loss(routing: Routing, *, valid: Valid = None) -> Float[Array, ""]:
     by their number, so that the balanced value is 1 for any ``k``; unweighted.
     """
     share = jax.lax.stop_gradient(_share(expert_load(routing, valid=valid)))
-    return routing.probs.shape[1] * (share * _mean(routing.probs, valid)).sum()
+    return routing.probs.shape[1] * (share * valid_mean(routing.probs, valid)).sum()
 
 
 def z_loss(logits: Float[Array, "n e"], *, valid: Valid = None) -> Float[Array, ""]:
@@ -63,7 +54,7 @@ def z_loss(logits: Float[Array, "n e"], *, valid: Valid = None) -> Float[Array, 
     Source: Zoph et al. 2022, arXiv:2202.08906, Eq. 5.
     """
     z = jax.nn.logsumexp(logits.astype(jnp.float32), axis=1)
-    return _mean(jnp.square(z), valid)
+    return valid_mean(jnp.square(z), valid)
 
 
 def updated_bias(
@@ -109,13 +100,13 @@ def metrics(
         "load_violation": load.max() / mean - 1,
         "load_minimum": load.min() / mean,
         "load_entropy": _entropy(_share(load)),
-        "router_entropy": _entropy(_mean(routing.probs, valid)),
-        "router_confidence": _mean(routing.probs.max(axis=1), valid),
+        "router_entropy": _entropy(valid_mean(routing.probs, valid)),
+        "router_confidence": valid_mean(routing.probs.max(axis=1), valid),
         "dead_experts": (load == 0).mean(dtype=jnp.float32),
     }
     if kept is not None:
         arrived = expert_load(kept, valid=valid).sum()
         values["dropped"] = 1 - arrived / jnp.maximum(load.sum(), 1)
         lost = (routing.weights != 0).any(axis=1) & ~(kept.weights != 0).any(axis=1)
-        values["left_behind"] = _mean(lost.astype(jnp.float32), valid)
+        values["left_behind"] = valid_mean(lost.astype(jnp.float32), valid)
     return jax.tree.map(jax.lax.stop_gradient, values)

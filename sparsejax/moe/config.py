@@ -1,5 +1,6 @@
 """What a mixture-of-experts layer is: sizes, router, dispatcher, balance."""
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,8 +11,10 @@ from sparsejax.config import FieldError, choose, near, require
 from sparsejax.moe.capacity import PRIORITIES, ROUNDINGS
 from sparsejax.moe.dispatch import DISPATCHERS, has_buffers
 from sparsejax.moe.exchange import EXCHANGES, takes
-from sparsejax.moe.experts import ACTIVATIONS
-from sparsejax.moe.routers import ROUTERS, Routing, accepts, settings
+from sparsejax.moe.experts import ACTIVATIONS, HIDDEN
+from sparsejax.moe.routers import CONTEXT, LEAKS, ROUTERS, Routing, accepts, settings
+from sparsejax.moe.sources import SOURCES
+from sparsejax.moe.tables import read_table
 from sparsejax.typing import Array, Float
 
 __all__ = ["MoEConfig"]
@@ -27,6 +30,8 @@ class MoEConfig:
         hidden: hidden width of each expert.
         router: a name of ``ROUTERS``.
         router_arguments: the router's own settings.
+        router_width: width of the space in which cosines are taken.
+        table: file with the expert of each id, for routers that look it up.
         dispatcher: a name of ``DISPATCHERS``.
         capacity_factor: rows an expert takes, over the balanced load; later visits are
             dropped. None drops nothing.
@@ -36,11 +41,18 @@ class MoEConfig:
             if the mesh has an expert axis.
         exchange_factor: rows of an exchange's buffers, over the balanced load; what
             does not fit is dropped. None makes room for everything.
-        activation: a name of ``ACTIVATIONS``.
+        activation: a name of ``HIDDEN``.
+        gated: whether experts have a gate; without one, ``hidden`` is activated.
+        biases: whether experts have them.
         balance_weight: weight of the balancing loss.
         z_weight: weight of the z-loss.
         shared: hidden width of the expert that every token visits; 0 for none.
         bias_rate: step of the balancing bias; None for no bias, 0 to freeze it.
+        state_rate: step of a router's other state, means or a penalty; None for its
+            usual one.
+        hops: how often a token, its answer added, asks again.
+        halt_below: a token asks no more after an answer whose norm is below this share
+            of the token's; 0 never halts.
     """
 
     kind: Literal["moe"] = "moe"
@@ -49,6 +61,8 @@ class MoEConfig:
     hidden: int
     router: str = "softmax_top_k"
     router_arguments: dict[str, bool | int | float] = field(default_factory=dict)
+    router_width: int = 64
+    table: str | None = None
     dispatcher: str = "grouped"
     capacity_factor: float | None = None
     capacity_rounding: str = "up"
@@ -56,15 +70,20 @@ class MoEConfig:
     exchange: str = "ring"
     exchange_factor: float | None = None
     activation: str = "silu"
+    gated: bool = True
+    biases: bool = False
     balance_weight: float = 0.01
     z_weight: float = 0.001
     shared: int = 0
     bias_rate: float | None = None
+    state_rate: float | None = None
+    hops: int = 1
+    halt_below: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("experts", "per_token", "hidden"):
+        for name in ("experts", "per_token", "hidden", "router_width", "hops"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("balance_weight", "z_weight", "shared"):
+        for name in ("balance_weight", "z_weight", "shared", "halt_below"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         require(
             self.per_token <= self.experts,
@@ -74,15 +93,20 @@ class MoEConfig:
         )
         choose("router", self.router, ROUTERS)
         choose("dispatcher", self.dispatcher, DISPATCHERS)
-        choose("activation", self.activation, ACTIVATIONS)
+        choose("activation", self.activation, HIDDEN)
+        require(
+            self.gated or self.activation in ACTIVATIONS,
+            "activation",
+            self.activation,
+            "multiplies by a gate; set gated=True, or take another",
+        )
         choose("capacity_rounding", self.capacity_rounding, ROUNDINGS)
         choose("capacity_priority", self.capacity_priority, PRIORITIES)
         choose("exchange", self.exchange, EXCHANGES)
         self._check_capacity()
         self._check_exchange()
         self._check_router()
-        rate = self.bias_rate
-        require(rate is None or rate >= 0, "bias_rate", rate, "at least 0, or none")
+        self._check_state()
 
     def _check_capacity(self) -> None:
         factor = self.capacity_factor
@@ -125,14 +149,13 @@ class MoEConfig:
             fits = type(value) is kind or (kind is float and type(value) is int)
             require(fits, path, value, f"expected {kind.__name__}")
 
-        def shapes(logits: Array) -> Routing:
-            context = {
-                "bias": jnp.zeros(self.experts),
-                "tokens": jnp.zeros(1, jnp.int32),
-                "valid": jnp.ones(1, bool),
-                "key": jax.random.key(0),
-            }
-            return self.route(logits, context)
+        def shapes(scores: Array) -> Routing:
+            one = jnp.zeros(1, jnp.int32)
+            context = dict.fromkeys(("tokens", "previous", "positions", "table"), one)
+            context |= {"valid": jnp.ones(1, bool), "batch": 1, "noise": scores}
+            context |= {"penalty": jnp.zeros(()), "key": jax.random.key(0)}
+            context |= dict.fromkeys(("bias", "gain"), jnp.zeros(self.experts))
+            return self.route(scores, context)
 
         # Only shapes: processes have to meet before any of them touches a device.
         try:
@@ -140,8 +163,61 @@ class MoEConfig:
         except ValueError as error:
             raise FieldError(f"router={self.router!r}: {error}") from None
 
-    def route(self, logits: Float[Array, "n e"], context: dict[str, Any]) -> Routing:
+    def _check_state(self) -> None:
+        needs = accepts(ROUTERS[self.router])
+        for name in ("bias_rate", "state_rate"):
+            rate = getattr(self, name)
+            require(rate is None or rate >= 0, name, rate, "at least 0, or none")
+        require(
+            self.bias_rate is None or "bias" in needs,
+            "bias_rate",
+            self.bias_rate,
+            f"router={self.router!r} reads no bias; leave it none",
+        )
+        require(
+            ("table" in needs) == (self.table is not None),
+            "table",
+            self.table,
+            f"router={self.router!r} looks nothing up; leave it none"
+            if self.table
+            else f"router={self.router!r} needs the file of one; write it with"
+            " python -m sparsejax.convert table",
+        )
+        if self.table is not None:
+            read_table(self.table, self.experts)
+        require(
+            self.hops > 1 or not self.halt_below,
+            "halt_below",
+            self.halt_below,
+            "a single hop cannot halt; give hops, or leave it 0",
+        )
+
+    @property
+    def score_source(self) -> str:
+        """The name in ``SOURCES`` that the router's scores come from."""
+        return next(iter(inspect.signature(ROUTERS[self.router]).parameters))
+
+    @property
+    def sources(self) -> list[str]:
+        """What the router reads of the layer: names in ``SOURCES``, scores first."""
+        first, needs = self.score_source, accepts(ROUTERS[self.router])
+        return [first, *sorted(needs & SOURCES.keys() - {first})]
+
+    @property
+    def leak(self) -> str | None:
+        """The router to use in this one's place where no later token may be read."""
+        return LEAKS.get(self.router)
+
+    def check_vocabulary(self, ids: int) -> None:
+        """Raise unless a table, if there is one, has an expert for each id."""
+        if self.table is None:
+            return
+        rows = len(read_table(self.table, self.experts))
+        require(rows >= ids, "table", self.table, f"has {rows} ids; must have {ids}")
+
+    def route(self, scores: Float[Array, "n e"], context: dict[str, Any]) -> Routing:
         """Call the router with its settings and what it names of the context."""
         router = ROUTERS[self.router]
-        given = {name: context[name] for name in accepts(router) if name in context}
-        return router(logits, k=self.per_token, **given, **self.router_arguments)
+        names = accepts(router) & {*CONTEXT, *SOURCES} - {self.score_source}
+        given = {name: context[name] for name in names if name in context}
+        return router(scores, k=self.per_token, **given, **self.router_arguments)

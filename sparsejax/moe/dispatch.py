@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sparsejax.config import near
 from sparsejax.moe.capacity import arrivals
-from sparsejax.moe.experts import ACTIVATIONS, GatedExperts, batched, grouped
+from sparsejax.moe.experts import HIDDEN, GatedExperts, Hidden, batched, grouped
 from sparsejax.moe.order import buffers, combine, owners, sort, take
 from sparsejax.typing import Array, Float, Int
 
@@ -31,7 +31,6 @@ __all__ = [
 ]
 
 Dispatcher = Callable[..., Array]
-Activation = Callable[[Array], Array]
 
 
 def densely(
@@ -40,7 +39,7 @@ def densely(
     weights: Float[Array, "n k"],
     experts: GatedExperts,
     *,
-    activation: Activation,
+    activation: Hidden,
 ) -> Float[Array, "n d"]:
     """Send every token to every expert, and weigh most answers by zero."""
     count = experts.up.shape[0]
@@ -57,7 +56,7 @@ def by_group(
     weights: Float[Array, "n k"],
     experts: GatedExperts,
     *,
-    activation: Activation,
+    activation: Hidden,
 ) -> Float[Array, "n d"]:
     """Sort the slots by expert and multiply group by group; nothing is dropped.
 
@@ -78,7 +77,7 @@ def by_capacity(
     weights: Float[Array, "n k"],
     experts: GatedExperts,
     *,
-    activation: Activation,
+    activation: Hidden,
     capacity: int,
     priority: str = "position",
 ) -> Float[Array, "n d"]:
@@ -109,7 +108,7 @@ def dispatch_of(name: str, *, activation: str, capacity: int | None) -> Dispatch
     """
     for field, value, table in (
         ("dispatcher", name, DISPATCHERS),
-        ("activation", activation, ACTIVATIONS),
+        ("activation", activation, HIDDEN),
     ):
         if value not in table:
             raise ValueError(f"{field}={value!r}: no such name{near(value, table)}")
@@ -123,7 +122,7 @@ def dispatch_of(name: str, *, activation: str, capacity: int | None) -> Dispatch
             " limited(routing, capacity) instead"
         )
     settings = {} if capacity is None else {"capacity": capacity}
-    return partial(DISPATCHERS[name], activation=ACTIVATIONS[activation], **settings)
+    return partial(DISPATCHERS[name], activation=HIDDEN[activation], **settings)
 
 
 def has_buffers(name: str) -> bool:

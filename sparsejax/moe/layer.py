@@ -1,10 +1,13 @@
 """The mixture-of-experts layer: owns parameters, calls router, balance and dispatch.
 
 Routing and its statistics are computed on global arrays; only moving tokens and
-applying experts runs on each device's piece. The balancing bias of a router is state,
-not a parameter: the layer reads it and reports ``metrics["load"]``; whoever owns the
-step writes ``updated_bias(bias, load, bias.rate)`` after it, outside the gradient.
+applying experts runs on each device's piece. What the router reads of the layer is
+built from ``SOURCES``, as its signature names it. Its state, a balancing bias say, is
+not a parameter: the layer reads it and reports ``metrics["evidence/bias"]``; whoever
+owns the step writes ``STATES["bias"].update`` of it after the step.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +17,21 @@ from sparsejax import partition
 from sparsejax.moe.balance import balance_loss, metrics, z_loss
 from sparsejax.moe.capacity import drop_shares
 from sparsejax.moe.config import MoEConfig
-from sparsejax.moe.experts import ACTIVATIONS, GatedExperts
-from sparsejax.moe.mixture import mixed
+from sparsejax.moe.experts import HIDDEN, GatedExperts
+from sparsejax.moe.mixture import Mixed, mixed
 from sparsejax.moe.routers import Routing
+from sparsejax.moe.sources import SOURCES, STATES
 from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 
-__all__ = ["MoE", "RouterBias"]
+__all__ = ["MoE"]
 
 
-class RouterBias(nnx.Variable):
-    """Bias that moves the choice of experts; its metadata holds the ``rate``."""
+class _Visit(NamedTuple):
+    """One round of choosing experts and asking them."""
+
+    scores: Float[Array, "n e"]
+    routing: Routing
+    mixed: Mixed
 
 
 class MoE(nnx.Module):
@@ -40,18 +48,24 @@ class MoE(nnx.Module):
         self.config = config
         e, f, s = config.experts, config.hidden, config.shared
         init = jax.nn.initializers.lecun_normal(batch_axis=0)
-        router = 0.02 * jax.random.normal(rngs.params(), (width, e))
-        self.router = nnx.Param(router, axes="d e")
-        self.gate = nnx.Param(init(rngs.params(), (e, width, f)), axes="e d f")
+        for source in config.sources:
+            owned = SOURCES[source].build(config, width, rngs)
+            for name, variable in owned.items():
+                setattr(self, name, variable)
+        if config.gated:
+            self.gate = nnx.Param(init(rngs.params(), (e, width, f)), axes="e d f")
         self.up = nnx.Param(init(rngs.params(), (e, width, f)), axes="e d f")
         down = init_scale * init(rngs.params(), (e, f, width))
         self.down = nnx.Param(down, axes="e f d")
-        if config.bias_rate is not None:
-            self.bias = RouterBias(jnp.zeros(e), axes="e", rate=config.bias_rate)
+        if config.biases:
+            for name, axes, wide in _biases(config, width):
+                setattr(self, name, nnx.Param(jnp.zeros((e, wide)), axes=axes))
         if s:
             dense = jax.nn.initializers.lecun_normal()
-            self.shared_gate = nnx.Param(dense(rngs.params(), (width, s)), axes="d f")
-            self.shared_up = nnx.Param(dense(rngs.params(), (width, s)), axes="d f")
+            shape = (width, s)
+            if config.gated:
+                self.shared_gate = nnx.Param(dense(rngs.params(), shape), axes="d f")
+            self.shared_up = nnx.Param(dense(rngs.params(), shape), axes="d f")
             down = init_scale * dense(rngs.params(), (s, width))
             self.shared_down = nnx.Param(down, axes="f d")
 
@@ -61,6 +75,8 @@ class MoE(nnx.Module):
         *,
         valid: Bool[Array, "b t"] | None = None,
         tokens: Int[Array, "b t"] | None = None,
+        previous: Int[Array, "b t"] | None = None,
+        positions: Int[Array, "b t"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Output:
         """Mix the experts' answers; the answer to padding is 0.
@@ -69,50 +85,146 @@ class MoE(nnx.Module):
             x: hidden states.
             valid: False for padding, which visits no expert and enters no statistic.
             tokens: input ids, for routers that name them.
-            key: random key, for routers that name it.
+            previous: the input ids before them, likewise.
+            positions: of the tokens in their documents, likewise.
+            key: random key in training, None otherwise.
 
         Raises:
-            ValueError: if the mesh does not divide the experts.
+            ValueError: if the mesh does not divide the experts, or the router misses
+                what it reads.
         """
-        flat = None if valid is None else valid.reshape(-1)
         if valid is not None:
             x = jnp.where(valid[..., None], x, 0)
-        logits = x.astype(jnp.float32) @ self.router[...].astype(jnp.float32)
-        logits = logits.reshape(-1, self.config.experts)
-        context = {"valid": flat, "key": key, "bias": None}
-        context["tokens"] = None if tokens is None else tokens.reshape(-1)
-        if self.config.bias_rate is not None:
-            context["bias"] = self.bias[...]
-        routing = self.config.route(logits, context)
-        if flat is not None:
-            weights = jnp.where(flat[:, None], routing.weights, 0)
-            routing = routing._replace(weights=weights)
-        experts = GatedExperts(self.gate[...], self.up[...], self.down[...])
-        y, kept, causes = mixed(x, routing, experts, self.config)
+        given = {"tokens": tokens, "previous": previous, "positions": positions}
+        given["valid"] = valid
+        context: dict[str, Any] = {
+            name: None if value is None else value.reshape(-1)
+            for name, value in given.items()
+        }
+        context |= {"batch": x.shape[0], "key": key}
+        visits = self._visits(x, context)
+        y = sum((visit.mixed.values for visit in visits[1:]), visits[0].mixed.values)
         if self.config.shared:
             y = y + self._shared(x)
-        losses = _losses(logits, routing, self.config, flat)
-        measured = metrics(routing, kept, valid=flat)
-        if kept is not None:
-            measured |= drop_shares(routing, causes, valid=flat)
-        return Output(y, losses, measured)
+        return Output(y, *self._asides(x, visits, context["valid"]))
+
+    def _visits(
+        self, x: Float[Array, "b t d"], context: dict[str, Any]
+    ) -> list[_Visit]:
+        """Ask experts, add their answers to the question, and ask again.
+
+        Source: Ternovtsii & Bilak 2026, arXiv:2604.14419, abstract. Departure: what the
+        abstract leaves open is ours: experts read the sum too, and a token halts when
+        an answer is short beside it.
+        """
+        found: list[_Visit] = []
+        going, key = context["valid"], context["key"]
+        for hop in range(self.config.hops):
+            if found:
+                answer = found[-1].mixed.values
+                going = _still(x, answer, going, self.config.halt_below)
+                x = x + answer
+                key = None if key is None else jax.random.fold_in(key, hop)
+            scores, routing = self._route(x, context | {"key": key})
+            if going is not None:
+                weights = jnp.where(going[:, None], routing.weights, 0)
+                routing = routing._replace(weights=weights)
+            answers = mixed(x, routing, self._experts(), self.config)
+            found.append(_Visit(scores, routing, answers))
+        return found
+
+    def _route(
+        self, x: Float[Array, "b t d"], context: dict[str, Any]
+    ) -> tuple[Float[Array, "n e"], Routing]:
+        """Read the sources, and call the router with them."""
+        given = {
+            name: SOURCES[name].read(self._owned, x, self.config)
+            for name in self.config.sources
+        }
+        scores = given[self.config.score_source]
+        return scores, self.config.route(scores, context | given)
+
+    def _owned(self, name: str) -> Any:  # None for what is not built
+        return getattr(self, name)[...] if hasattr(self, name) else None
+
+    def _experts(self) -> GatedExperts:
+        return GatedExperts(*map(self._owned, GatedExperts._fields))
 
     def _shared(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        names = ("shared_gate", "shared_up", "shared_down")
-        gate, up, down = (getattr(self, name)[...].astype(x.dtype) for name in names)
-        hidden = ACTIVATIONS[self.config.activation](x @ gate) * (x @ up)
+        gate = self._owned("shared_gate")
+        gate = None if gate is None else x @ gate.astype(x.dtype)
+        up = x @ self.shared_up[...].astype(x.dtype)
+        hidden = HIDDEN[self.config.activation](gate, up)
+        down = self.shared_down[...].astype(x.dtype)
         return partition.constrain(hidden, "b t f") @ down
 
+    def _asides(
+        self,
+        x: Float[Array, "b t d"],
+        visits: list[_Visit],
+        valid: Bool[Array, " n"] | None,
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Give the losses and metrics of all rounds together."""
+        routing, kept, causes = _joined(visits)
+        losses = dict(routing.losses)
+        learns, config = SOURCES[self.config.score_source].learns, self.config
+        if config.balance_weight and learns:
+            balance = balance_loss(routing, valid=valid)
+            losses["balance"] = config.balance_weight * balance
+        if config.z_weight and learns:
+            losses["z"] = config.z_weight * z_loss(visits[0].scores, valid=valid)
+        measured = metrics(routing, kept, valid=valid)
+        z = z_loss(visits[0].scores, valid=valid)
+        measured["router_z"] = jax.lax.stop_gradient(z)
+        if kept is not None:
+            measured |= drop_shares(routing, causes, valid=valid)
+        measured["evidence/experts"] = routing.experts
+        measured["evidence/weights"] = jax.lax.stop_gradient(routing.weights)
+        rows = x.reshape(-1, x.shape[-1])
+        for name, state in STATES.items():
+            if hasattr(self, name):
+                first = visits[0].routing
+                measured[f"evidence/{name}"] = state.evidence(rows, first, valid)
+        return losses, measured
 
-def _losses(
-    logits: Float[Array, "n e"],
-    routing: Routing,
-    config: MoEConfig,
-    valid: Bool[Array, " n"] | None,
-) -> dict[str, Float[Array, ""]]:
-    losses = dict(routing.losses)
-    if config.balance_weight:
-        losses["balance"] = config.balance_weight * balance_loss(routing, valid=valid)
-    if config.z_weight:
-        losses["z"] = config.z_weight * z_loss(logits, valid=valid)
-    return losses
+
+def _biases(config: MoEConfig, width: int) -> list[tuple[str, str, int]]:
+    """Name the experts' biases, with their letters and sizes."""
+    found = [("up_bias", "e f", config.hidden), ("down_bias", "e d", width)]
+    return [("gate_bias", "e f", config.hidden), *found] if config.gated else found
+
+
+def _still(
+    x: Float[Array, "b t d"],
+    answer: Float[Array, "b t d"],
+    going: Bool[Array, " n"] | None,
+    halt_below: float,
+) -> Bool[Array, " n"] | None:
+    """Say which tokens go on: those whose answer was not short beside the question."""
+    if not halt_below:
+        return going
+    asked, got = (
+        jnp.linalg.norm(a.astype(jnp.float32), axis=-1).reshape(-1) for a in (x, answer)
+    )
+    moves = jax.lax.stop_gradient(got >= halt_below * asked)
+    return moves if going is None else going & moves
+
+
+def _joined(
+    visits: list[_Visit],
+) -> tuple[Routing, Routing | None, Int[Array, "n k"]]:
+    """See all rounds as one routing, what is left of it, and why the rest is not."""
+    if len(visits) == 1:
+        return visits[0].routing, visits[0].mixed.kept, visits[0].mixed.causes
+
+    def join(routings: list[Routing]) -> Routing:
+        chosen = jnp.concatenate([r.experts for r in routings], axis=1)
+        weights = jnp.concatenate([r.weights for r in routings], axis=1)
+        probs = jnp.stack([r.probs for r in routings]).mean(axis=0)
+        losses = jax.tree.map(lambda *x: sum(x) / len(x), *(r.losses for r in routings))
+        return Routing(chosen, weights, probs, losses)
+
+    kept = [visit.mixed.kept for visit in visits]
+    causes = jnp.concatenate([visit.mixed.causes for visit in visits], axis=1)
+    whole = [k for k in kept if k is not None]
+    return join([v.routing for v in visits]), join(whole) if whole else None, causes

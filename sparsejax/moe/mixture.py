@@ -15,7 +15,7 @@ from sparsejax.moe.capacity import Cause, capacity_of, limited, rows_of
 from sparsejax.moe.config import MoEConfig
 from sparsejax.moe.dispatch import dispatch_of, has_buffers
 from sparsejax.moe.exchange import Exchange, Exchanged, exchange, takes
-from sparsejax.moe.experts import GatedExperts
+from sparsejax.moe.experts import GatedExperts, axes_of_experts, with_one_bias
 from sparsejax.moe.routers import Routing
 from sparsejax.typing import Array, Float, Int
 
@@ -61,15 +61,15 @@ def mixed(
         dispatch = dispatch_of(
             config.dispatcher, activation=config.activation, capacity=plan.capacity
         )
+        experts = with_one_bias(experts, plan.how.tensor_axis)
         y, causes = exchange(dispatch, rows, chosen, weights, experts, how=plan.how)
         return Exchanged(y.reshape(x.shape), causes.reshape(*x.shape[:2], -1))
 
     # Not flattened: a device keeps the tokens it has, whatever axis cuts a sequence.
     per_token = [a.reshape(*x.shape[:2], -1) for a in (routing.experts, weights)]
-    weight_axes = GatedExperts("e d f", "e d f", "e f d")  # pyright: ignore
     y, causes = partition.per_shard(
         local,
-        inputs=("b t d", "b t k", "b t k", weight_axes),
+        inputs=("b t d", "b t k", "b t k", axes_of_experts(experts)),
         outputs=Exchanged("b t d", "b t k"),  # pyright: ignore
     )(x, *per_token, experts)
     causes = causes.reshape(weights.shape)

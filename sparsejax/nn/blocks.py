@@ -1,9 +1,13 @@
 """One layer of the Transformer: attention and a feed-forward, each normed and added.
 
 A feed-forward of any kind, dense, routed or looked up, is called as
-``layer(x, valid=…) -> Output``; what it is decides the name of its parameters' path and
-of its metrics: ``ffn``, ``moe`` or ``memory``.
+``layer(x, valid=…) -> Output``, with what it names of the tokens' ids, the ids before
+them, positions and a random key; what it is decides the name of its parameters' path
+and of its metrics: ``ffn``, ``moe`` or ``memory``.
 """
+
+import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,14 +120,27 @@ class Block(nnx.Module):
         positions: Int[Array, "b t"],
         segments: Int[Array, "b t"] | None,
         cache: Cache | None,
+        **about: Any,
     ) -> tuple[Output, Cache | None]:
-        """Return the layer's output, with losses and metrics, and the filled cache."""
+        """Return the layer's output, with losses and metrics, and the filled cache.
+
+        Args:
+            about: the tokens' ids, the ids before them, and a random key, for a
+                feed-forward that names them.
+        """
         mixed, cache = self.attention(
             self.attention_norm(x), positions=positions, segments=segments, cache=cache
         )
         x = constrain(x + mixed.value, "b t d")
         valid = None if segments is None else segments > 0
-        fed = getattr(self, self.name)(self.norm(x), valid=valid)
+        layer = getattr(self, self.name)
+        named = inspect.signature(type(layer).__call__).parameters
+        about = {"positions": positions, **about}
+        fed = layer(
+            self.norm(x),
+            valid=valid,
+            **{name: value for name, value in about.items() if name in named},
+        )
         losses = {f"attention/{k}": v for k, v in mixed.losses.items()}
         losses |= {f"{self.name}/{k}": v for k, v in fed.losses.items()}
         metrics = {f"attention/{k}": v for k, v in mixed.metrics.items()}

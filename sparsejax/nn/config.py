@@ -71,6 +71,14 @@ class ModelConfig:
         )
         choose("remat", self.remat, dict.fromkeys(REMAT))
         self._check_memory()
+        other = self.ffn.leak if isinstance(self.ffn, MoEConfig) else None
+        require(
+            other is None or not self.attention.causal,
+            "ffn.router",
+            getattr(self.ffn, "router", None),
+            f"lets a token see later ones, in a causal model; take {other!r}, or set"
+            " attention.causal=False",
+        )
 
     def _check_memory(self) -> None:
         layers = self.memory_layers

@@ -58,12 +58,12 @@ def generate(
     hidden = model(prompt, caches=model.empty_caches(prompt.shape[0], capacity))
     last = model.logits(hidden.value[:, -1:])[:, 0]
 
-    def body(carry: tuple[Array, PyTree], key: Array) -> Any:
-        logits, caches = carry
+    def body(carry: tuple[Array, Array, PyTree], key: Array) -> Any:
+        logits, previous, caches = carry
         token = pick(logits, key)
-        hidden = model(token[:, None], caches=caches)
-        return (model.logits(hidden.value)[:, 0], hidden.caches), token
+        hidden = model(token[:, None], previous=previous, caches=caches)
+        return (model.logits(hidden.value)[:, 0], token, hidden.caches), token
 
     keys = jax.random.split(key, tokens)
-    _, chosen = jax.lax.scan(body, (last, hidden.caches), keys)
+    _, chosen = jax.lax.scan(body, (last, prompt[:, -1], hidden.caches), keys)
     return chosen.T

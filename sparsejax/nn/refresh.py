@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparsejax.attention import moved
-from sparsejax.moe import MoEConfig, updated_bias
+from sparsejax.moe import STATES, MoEConfig
 from sparsejax.nn.config import ModelConfig, runs
 from sparsejax.tree import map_with_path
 from sparsejax.typing import Array, PyTree
@@ -13,12 +13,13 @@ from sparsejax.typing import Array, PyTree
 __all__ = ["refreshed"]
 
 STATISTICS = ("attention/sums", "attention/members")  # of no use to a reader of logs
+EVIDENCE = "moe/evidence/"  # likewise
 
 
 def refreshed(
     config: ModelConfig, variables: PyTree, metrics: dict[str, Array]
 ) -> tuple[PyTree, Any]:
-    """Move every router's bias by its experts' load, and centroids to their members.
+    """Move every router's state by its evidence, and centroids to their members.
 
     Args:
         config: the model's.
@@ -41,10 +42,14 @@ def refreshed(
         if name == "centroids":
             sums, members = (metrics[x][rows(path, chosen)] for x in STATISTICS)
             return moved(value, sums, members, config.attention.options.decay)
-        if name == "bias" and isinstance(config.ffn, MoEConfig):
-            load = metrics["moe/load"][rows(path, routed)]
-            return updated_bias(value, load, config.ffn.bias_rate or 0.0)
+        if name in STATES and isinstance(config.ffn, MoEConfig):
+            evidence = metrics[f"{EVIDENCE}{name}"][rows(path, routed)]
+            return STATES[name].update(value, evidence, config.ffn)
         return value
 
-    left = {name: x for name, x in metrics.items() if name not in STATISTICS}
+    left = {
+        name: x
+        for name, x in metrics.items()
+        if name not in STATISTICS and not name.startswith(EVIDENCE)
+    }
     return map_with_path(move, variables), left

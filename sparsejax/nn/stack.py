@@ -68,20 +68,26 @@ class Stack(nnx.Module):
         """Return the value, each member's losses and metrics, and the filled caches.
 
         Losses and metrics have a leading axis over the repeats; the outputs' values are
-        left out.
+        left out. Each layer has its own part of the random key, if there is one.
         """
         graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
+        key = context.get("key")
+        shape = len(jax.tree.leaves(states[0])[0]), len(graphs)
+        keys = None if key is None else jax.random.split(key, shape)
 
-        def body(x: Array, layer: tuple[Any, Any]) -> tuple[Array, Any]:
-            states, caches = layer
+        def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+            states, caches, keys = layer
             asides, filled = [], []
-            for graph, state, cache in zip(graphs, states, caches, strict=True):
-                block = nnx.merge(graph, _gathered(state))
-                output, longer = block(x, cache=cache, **context)
+            for n, graph in enumerate(graphs):
+                block = nnx.merge(graph, _gathered(states[n]))
+                own = context | {"key": None if keys is None else keys[n]}
+                output, longer = block(x, cache=caches[n], **own)
                 x = output.value
                 asides.append((output.losses, output.metrics))
                 filled.append(longer)
             return x, (asides, filled)
 
-        x, (asides, filled) = jax.lax.scan(remat(body, self.remat), x, (states, caches))
+        x, (asides, filled) = jax.lax.scan(
+            remat(body, self.remat), x, (states, caches, keys)
+        )
         return x, asides, filled

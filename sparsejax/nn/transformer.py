@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.attention import Sizes, empty_cache
+from sparsejax.moe import MoEConfig
 from sparsejax.nn.blocks import RMSNorm
 from sparsejax.nn.config import LayerSpec, ModelConfig, runs
 from sparsejax.nn.stack import Stack
 from sparsejax.partition import constrain
-from sparsejax.typing import Array, Float, Int, PyTree
+from sparsejax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
 __all__ = ["Hidden", "Transformer"]
 
@@ -35,6 +36,8 @@ class Transformer(nnx.Module):
     def __init__(self, config: ModelConfig, vocabulary: int, *, rngs: nnx.Rngs) -> None:
         self.config = config
         self.vocabulary = vocabulary
+        if isinstance(config.ffn, MoEConfig):
+            config.ffn.check_vocabulary(vocabulary)
         rows = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
         init = jax.nn.initializers.normal(config.width**-0.5)
         self.embedding = nnx.Param(
@@ -52,7 +55,9 @@ class Transformer(nnx.Module):
         *,
         positions: Int[Array, "b t"] | None = None,
         segments: Int[Array, "b t"] | None = None,
+        previous: Int[Array, " b"] | None = None,
         caches: PyTree = None,
+        key: PRNGKeyArray | None = None,
     ) -> Hidden:
         """Run all layers.
 
@@ -61,16 +66,20 @@ class Transformer(nnx.Module):
             positions: of each token in its document; counted from the cache's end, or
                 from 0, where not given.
             segments: documents of a packed row, from 1; 0 is padding.
+            previous: the id before each row's first, where the row goes on from there.
             caches: from ``empty_caches``, or a call before.
+            key: random key in training, None otherwise.
         """
         if positions is None:
             start = 0 if caches is None else caches[0][0].length[0]
             count = start + jnp.arange(tokens.shape[1], dtype=jnp.int32)
             positions = jnp.broadcast_to(count, tokens.shape)
-        context = {"positions": positions, "segments": segments}
+        context = {"positions": positions, "segments": segments, "tokens": tokens}
+        context["previous"] = before(tokens, positions, previous)
         x = self._embed(tokens)
         asides, filled = [], []
         for index, stack in enumerate(self.stacks):
+            context["key"] = None if key is None else jax.random.fold_in(key, index)
             cache = [None] * len(stack.blocks) if caches is None else caches[index]
             x, aside, cache = stack(x, cache, context)
             asides.append(aside)
@@ -123,6 +132,17 @@ class Transformer(nnx.Module):
             for target in gathered
         )
         return losses, metrics
+
+
+def before(
+    tokens: Int[Array, "b t"],
+    positions: Int[Array, "b t"],
+    previous: Int[Array, " b"] | None,
+) -> Int[Array, "b t"]:
+    """Give the id before each token in its document; -1 before the first."""
+    first = jnp.full_like(tokens[:, 0], -1) if previous is None else previous
+    shifted = jnp.concatenate([first[:, None], tokens[:, :-1]], axis=1)
+    return jnp.where(positions == 0, -1, shifted)
 
 
 def _joined(parts: list[tuple[list[int], Array]]) -> Array:

@@ -126,10 +126,15 @@ class Step:
             return params
         return masked.effective(params, state.opt, self.config.masked)
 
-    def _losses(self, model: Transformer, batch: Batch) -> tuple[Losses, Any]:
+    def _losses(
+        self, model: Transformer, batch: Batch, key: Array | None = None
+    ) -> tuple[Losses, Any]:
         tokens, segments, positions = map(jnp.asarray, batch)
         hidden = model(
-            tokens[:, :-1], positions=positions[:, :-1], segments=segments[:, :-1]
+            tokens[:, :-1],
+            positions=positions[:, :-1],
+            segments=segments[:, :-1],
+            key=key,
         )
         losses = token_losses(
             model,
@@ -171,10 +176,12 @@ class Step:
         segments = jnp.asarray(batch.segments)
         total = jnp.sum(_predicts(segments))
 
-        def objective(params: PyTree, batch: Batch) -> Any:
+        key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+
+        def objective(params: PyTree, batch: Batch, key: Array) -> Any:
             params = self._effective(params, state)
             model = nnx.merge(self.graph, params, state.variables, copy=True)
-            losses, hidden = self._losses(model, batch)
+            losses, hidden = self._losses(model, batch, key)
             extra = sum(hidden.losses.values(), start=jnp.zeros(()))
             z = self.config.train.z_loss * losses.z
             value = (losses.nll + z) / total + extra / count
@@ -182,15 +189,16 @@ class Step:
 
         gradient = jax.grad(objective, has_aux=True)
         if count == 1:
-            grads, (losses, aside) = gradient(state.params, batch)
+            grads, (losses, aside) = gradient(state.params, batch, key)
             return losses, aside, grads
 
-        def body(grads: PyTree, part: Batch) -> Any:
-            more, asides = gradient(state.params, part)
+        def body(grads: PyTree, part: tuple[Batch, Array]) -> Any:
+            more, asides = gradient(state.params, *part)
             return jax.tree.map(jnp.add, grads, more), asides
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, (losses, aside) = jax.lax.scan(body, zeros, _micro_batches(batch, count))
+        parts = _micro_batches(batch, count), jax.random.split(key, count)
+        grads, (losses, aside) = jax.lax.scan(body, zeros, parts)
         losses = jax.tree.map(jnp.sum, losses)
         aside = jax.tree.map(lambda x: jnp.mean(x, axis=0), aside)
         return losses, aside, grads

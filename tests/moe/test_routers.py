@@ -1,4 +1,4 @@
-"""Routers: what all of them keep to, and what each one claims."""
+"""Routers: what all of them keep to, and what those of a score each claim."""
 
 import functools
 
@@ -10,59 +10,68 @@ import pytest
 from hypothesis import given
 
 from sparsejax.moe import ROUTERS
-from sparsejax.moe.routers import (
-    _best,
-    accepts,
-    settings,
-    sigma_moe,
-    sigmoid_top_k,
+from sparsejax.moe.routers import accepts, settings
+from sparsejax.moe.routers.routing import best as _best
+from sparsejax.moe.routers.sigmoid import sigma_moe, sigmoid_top_k
+from sparsejax.moe.routers.top_k import (
+    noisy_top_k,
     softmax_top_k,
     switch,
     top_k_softmax,
 )
+from tests.moe.routed import (
+    EXPERTS,
+    TOKENS,
+    choices,
+    context,
+    dense,
+    logits_of,
+    route,
+)
 
-TOKENS, EXPERTS = 24, 8
 NAMES = sorted(ROUTERS)
-
-
-def logits_of(seed, spread=2.0):
-    return spread * jax.random.normal(jax.random.key(seed), (TOKENS, EXPERTS))
-
-
-def choices(name):
-    return 1 if name == "switch" else 3
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def route(name, logits, **context):
-    return ROUTERS[name](logits, k=choices(name), **context)
-
+BIASED = [name for name in NAMES if "bias" in accepts(ROUTERS[name])]
+PADDED = [name for name in NAMES if "valid" in accepts(ROUTERS[name])]
+TRAINED = [name for name in NAMES if "key" in accepts(ROUTERS[name])]
+SCORED = [name for name in NAMES if "blank" not in accepts(ROUTERS[name])]
 
 best = jax.jit(_best, static_argnums=1)
 softmax_first = jax.jit(softmax_top_k, static_argnames="k")
 softmax_last = jax.jit(top_k_softmax, static_argnames="k")
 
 
-@pytest.mark.parametrize("name", NAMES)
-@given(seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1.0, 50.0]))
-def test_router_visits_k_distinct_experts(name, seed, spread):
-    routing = route(name, logits_of(seed, spread))
-    chosen = np.sort(routing.experts, axis=1)
+def assert_is_a_routing(routing):
+    used = np.asarray(routing.weights) != 0
+    chosen = np.asarray(routing.experts)
     assert chosen.min() >= 0
     assert chosen.max() < EXPERTS
-    assert (np.diff(chosen, axis=1) > 0).all()
+    assert all(len(set(c[u])) == u.sum() for c, u in zip(chosen, used, strict=True))
     assert (routing.weights >= 0).all()
     assert jnp.isfinite(routing.weights).all()
+    assert all(jnp.isfinite(loss) for loss in routing.losses.values())
     np.testing.assert_allclose(routing.probs.sum(axis=1), 1, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
+@given(seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1.0, 50.0]))
+def test_router_visits_distinct_experts(name, seed, spread):
+    assert_is_a_routing(route(name, logits_of(seed, spread)))
+
+
+@pytest.mark.parametrize("name", TRAINED)
+@given(seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1.0, 50.0]))
+def test_router_in_training_visits_distinct_experts(name, seed, spread):
+    key = jax.random.key(seed)
+    assert_is_a_routing(route(name, logits_of(seed, spread), key=key))
+
+
+@pytest.mark.parametrize("name", SCORED)
 def test_router_is_equivariant_to_the_order_of_experts(name):
-    logits = logits_of(0)
-    order = jax.random.permutation(jax.random.key(1), EXPERTS)
-    plain, permuted = route(name, logits), route(name, logits[:, order])
-    np.testing.assert_array_equal(order[permuted.experts], plain.experts)
-    np.testing.assert_allclose(permuted.weights, plain.weights, rtol=1e-6)
+    logits, order = logits_of(0), jax.random.permutation(jax.random.key(1), EXPERTS)
+    noise = logits_of(7, 0.1)
+    plain = route(name, logits, noise=noise)
+    permuted = route(name, logits[:, order], noise=noise[:, order])
+    np.testing.assert_allclose(dense(permuted), dense(plain)[:, order], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,10 +83,11 @@ def test_router_computes_in_float32(name):
     np.testing.assert_array_equal(a.weights, b.weights)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SCORED)
 def test_ties_go_to_the_lower_index(name):
-    routing = route(name, jnp.zeros((2, EXPERTS)))
-    np.testing.assert_array_equal(routing.experts, [list(range(choices(name)))] * 2)
+    routing = route(name, jnp.ones((TOKENS, EXPERTS)))
+    first = np.asarray(routing.experts)[:, : choices(name)]
+    np.testing.assert_array_equal(first, [list(range(choices(name)))] * TOKENS)
 
 
 @given(seed=st.integers(0, 1000), floor=st.sampled_from([-jnp.inf, -1.0, 0.0]))
@@ -88,7 +98,7 @@ def test_best_is_top_k_with_ties_and_infinities(seed, floor):
         np.testing.assert_array_equal(best(scores, k), jax.lax.top_k(scores, k)[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BIASED)
 def test_a_constant_bias_changes_nothing(name):
     logits = logits_of(0)
     plain = route(name, logits)
@@ -97,7 +107,7 @@ def test_a_constant_bias_changes_nothing(name):
     np.testing.assert_array_equal(plain.weights, biased.weights)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BIASED)
 def test_bias_moves_the_choice_but_not_the_weights(name):
     """Logits that prefer the forced experts give the weights without a bias."""
     logits, k = logits_of(0), choices(name)
@@ -115,7 +125,7 @@ def test_bias_moves_the_choice_but_not_the_weights(name):
     np.testing.assert_allclose(routing.weights, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", BIASED)
 def test_bias_receives_no_gradient(name):
     def total(bias):
         routing = route(name, logits_of(0), bias=bias)
@@ -124,11 +134,26 @@ def test_bias_receives_no_gradient(name):
     assert not jax.grad(total)(jnp.arange(EXPERTS) / EXPERTS).any()
 
 
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_changes_nothing_of_the_others(name, training):
+    key = jax.random.key(0) if training and name in TRAINED else None
+    more = {"valid": jnp.arange(TOKENS) < 15} | ({} if key is None else {"key": key})
+    logits = logits_of(0)
+    clean = route(name, logits, **more)
+    poisoned = route(name, logits.at[15:].set(1e4), **more)
+    np.testing.assert_array_equal(clean.experts[:15], poisoned.experts[:15])
+    np.testing.assert_allclose(clean.weights[:15], poisoned.weights[:15], rtol=1e-5)
+    for loss in clean.losses:
+        a, b = clean.losses[loss], poisoned.losses[loss]
+        np.testing.assert_allclose(a, b, rtol=1e-5, err_msg=loss)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("k", [0, EXPERTS + 1])
 def test_more_experts_than_there_are_are_refused(name, k):
     with pytest.raises(ValueError, match=f"k={k}: "):
-        ROUTERS[name](logits_of(0), k=k)
+        ROUTERS[name](logits_of(0), k=k, **context(name))
 
 
 @given(seed=st.integers(0, 1000), k=st.sampled_from([1, 3, EXPERTS]))
@@ -222,7 +247,93 @@ def test_sigma_moe_entropy_ignores_padding():
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
-def test_context_and_settings_are_read_from_the_signature():
-    assert accepts(sigma_moe) == {"bias", "valid"}
+def test_sources_and_settings_are_read_from_the_signature():
+    assert accepts(sigma_moe) == {"logits", "bias", "valid"}
     assert settings(sigma_moe) == {"entropy_weight": 1e-3}
     assert settings(switch) == {}
+    found = settings(noisy_top_k)
+    assert found == {"importance_weight": 0.1, "load_weight": 0.1}
+
+
+def test_load_is_the_probability_of_a_visit_if_the_noise_were_drawn_again():
+    """By drawing, for one expert at a time, its noise and nobody else's."""
+    logits, raw, key = logits_of(0)[:3], logits_of(1)[:3], jax.random.key(5)
+    scale = np.asarray(jax.nn.softplus(raw)) + 1e-2
+    noisy = np.asarray(logits + scale * jax.random.normal(key, logits.shape))
+    drawn = np.random.default_rng(0).normal(size=20_000)
+    visits = np.zeros(EXPERTS)
+    for token, expert in np.ndindex(*logits.shape):
+        others = np.sort(np.delete(noisy[token], expert))
+        again = float(logits[token, expert]) + scale[token, expert] * drawn
+        visits[expert] += (again > others[-2]).mean() / 3
+    expected = visits.var() / visits.mean() ** 2
+    losses = noisy_top_k(logits, k=2, noise=raw, key=key, load_weight=1.0).losses
+    np.testing.assert_allclose(losses["load"], expected, rtol=0.05)
+
+
+def test_noisy_losses_reach_logits_and_noise_and_vanish_when_balanced():
+    def load(logits, raw):
+        routing = noisy_top_k(logits, k=2, noise=raw, key=jax.random.key(0))
+        return routing.losses["load"]
+
+    for gradient in jax.grad(load, (0, 1))(logits_of(0), logits_of(1)):
+        assert jnp.abs(gradient).max() > 0
+    balanced = noisy_top_k(3 * jnp.eye(EXPERTS), k=1).losses
+    assert max(float(x) for x in balanced.values()) < 1e-6
+    crowded = noisy_top_k(jnp.zeros((4, EXPERTS)), k=1, importance_weight=1.0)
+    np.testing.assert_allclose(crowded.losses["importance"], EXPERTS - 1, rtol=1e-5)
+
+
+def _mixtral(row, k):
+    p = np.exp(row - row.max())
+    p /= p.sum()
+    chosen = np.argsort(-p, kind="stable")[:k]
+    return chosen, p[chosen] / p[chosen].sum()
+
+
+def _olmoe(row, k):
+    p = np.exp(row - row.max())
+    p /= p.sum()
+    chosen = np.argsort(-p, kind="stable")[:k]
+    return chosen, p[chosen]
+
+
+def _gpt_oss(row, k):
+    chosen = np.argsort(-row, kind="stable")[:k]
+    p = np.exp(row[chosen] - row[chosen].max())
+    return chosen, p / p.sum()
+
+
+def _deepseek_v3(row, k, bias):
+    s = 1 / (1 + np.exp(-row))
+    groups = (s + bias).reshape(4, 2)
+    kept = np.argsort(-groups.sum(axis=1), kind="stable")[:2]
+    masked = np.full((4, 2), -np.inf)
+    masked[kept] = groups[kept]
+    chosen = np.argsort(-masked.reshape(-1), kind="stable")[:k]
+    return chosen, 2.5 * s[chosen] / s[chosen].sum()
+
+
+BIAS = np.linspace(-0.5, 0.5, EXPERTS)
+MODELS = {
+    "Mixtral": (softmax_top_k, {}, _mixtral),
+    "Qwen3-MoE": (softmax_top_k, {"renormalize": True}, _mixtral),
+    "OLMoE": (softmax_top_k, {"renormalize": False}, _olmoe),
+    "gpt-oss": (top_k_softmax, {}, _gpt_oss),
+    "DeepSeek-V3": (
+        sigmoid_top_k,
+        {"groups": 4, "kept_groups": 2, "scale": 2.5, "bias": jnp.asarray(BIAS)},
+        functools.partial(_deepseek_v3, bias=BIAS),
+    ),
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_router_is_that_of_the_released_model(model):
+    router, arguments, oracle = MODELS[model]
+    logits = logits_of(3)
+    routing = router(logits, k=3, **arguments)
+    for row, experts, weights in zip(np.float64(logits), *routing[:2], strict=True):
+        chosen, expected = oracle(row, 3)
+        np.testing.assert_array_equal(experts, chosen)
+        np.testing.assert_allclose(weights, expected, rtol=1e-5)

@@ -1,0 +1,129 @@
+"""One small language model with every router, at equal budgets: loss, balance, TOST.
+
+    python -m sparsejax.bench routers --config.train.steps=100
+
+All have the same parameters and, but for those that decide it themselves, the same
+active parameters: two of eight experts, or one of four that are twice as wide. A router
+that balances in a way of its own has no other balancing loss. Each run is a row of
+``results/routers.csv``; runs that are there already, by the fingerprint of their
+config, are not run again, so the study can be made in pieces.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsejax.bench.comparison import fingerprint_of
+from sparsejax.bench.equivalence import tost
+from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
+from sparsejax.train.metrics import read_metrics
+
+FFN = "--config.model.ffn"
+ONE = (f"{FFN}.per_token=1", f"{FFN}.experts=4", f"{FFN}.hidden=384")
+OWN = (f"{FFN}.balance_weight=0.0",)
+STUDY: Mapping[str, tuple[str, ...]] = {
+    "base": (*ONE, *OWN),
+    "block_ffn": OWN,
+    "cosine_top_k": (),
+    "expert_choice_by_position": OWN,
+    "hash_bigram": ONE,
+    "hash_position": ONE,
+    "hash_previous": ONE,
+    "hash_random": ONE,
+    "k_means": (),
+    "multi_hash": (),
+    "noisy_top_k": OWN,
+    "remoe": OWN,
+    "s_base": OWN,
+    "selective_sinkhorn": OWN,
+    "sigma_moe": OWN,
+    "sigmoid_top_k": (*OWN, f"{FFN}.bias_rate=0.001"),
+    "softmax_top_k": (),
+    "switch": ONE,
+    "top_k_softmax": (),
+}
+AGAINST = "softmax_top_k"
+MARGIN = 0.03  # nats: one perplexity at 33, the paper's margin
+LATE = 5  # logged steps whose balance is averaged
+COLUMNS = {
+    "router": "router",
+    "loss": "held-out loss",
+    "violation": "excess load",
+    "dead": "dead experts",
+    "difference": f"loss above {AGAINST}",
+    "p": f"p, TOST of {MARGIN} nats",
+}
+
+
+def overrides_of(router: str) -> list[str]:
+    """Give the flags that make the mixture config one of this router."""
+    return [f"{FFN}.router={router}", *STUDY[router]]
+
+
+def run(router: str, seed: int, more: list[str]) -> dict[str, Any]:
+    """Train with one router and seed in a process of its own; give its row."""
+    flags = [*overrides_of(router), *more]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "train.py", "--config=configs/moe.py"]
+        command += [f"--workdir={folder}/run", f"--config.seed={seed}", *flags]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        summary = json.loads((Path(folder) / "run/summary.json").read_text())
+        logged = read_metrics(Path(folder) / "run")
+    row = {"router": router, "seed": seed, "steps": logged[-1]["step"]}
+    row["fingerprint"] = fingerprint_of("moe", seed, flags)
+    row["eval_loss"] = summary["eval/loss"]
+    row["parameters_total"] = summary["parameters_total"]
+    for name in ("load_violation", "load_deviation", "dead_experts"):
+        row[name] = float(np.mean([x[f"moe/{name}"] for x in logged[-LATE:]]))
+    return row | provenance()
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Average over seeds, best loss first, and test against the plain router."""
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["router"]].append(row)
+    losses = {r: [float(x["eval_loss"]) for x in group] for r, group in groups.items()}
+    lines = []
+    for router in sorted(losses, key=lambda r: statistics.mean(losses[r])):
+        own, other = losses[router], losses.get(AGAINST, [])
+        line = {"router": f"`{router}`", "loss": f"{statistics.mean(own):.3f}"}
+        for column, name in (("violation", "load_violation"), ("dead", "dead_experts")):
+            mean = statistics.mean(float(x[name]) for x in groups[router])
+            line[column] = f"{mean:.2f}"
+        line |= {"difference": "", "p": ""}
+        if router != AGAINST and min(len(own), len(other)) > 1:
+            gap = statistics.mean(own) - statistics.mean(other)
+            line["difference"] = f"{gap:+.3f}"
+            line["p"] = f"{tost(own, other, margin=MARGIN):.3f}"
+        lines.append(line)
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    """Run what is missing of what is asked for; print the table of all there is."""
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.bench routers")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--routers", nargs="+", default=sorted(STUDY), choices=STUDY)
+    flags, more = parser.parse_known_args(argv)
+    wanted = set()
+    for seed in range(flags.seeds):
+        for router in flags.routers:
+            mark = fingerprint_of("moe", seed, [*overrides_of(router), *more])
+            wanted.add(mark)
+            rows = read_rows("routers")
+            if mark not in {row["fingerprint"] for row in rows}:
+                row = run(router, seed, more)
+                write_rows("routers", [*read_rows("routers"), row])
+    rows = [row for row in read_rows("routers") if row["fingerprint"] in wanted]
+    sys.stdout.write(markdown(summary(rows), COLUMNS) + "\n")
+    return 0

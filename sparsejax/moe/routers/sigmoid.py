@@ -1,0 +1,103 @@
+"""Routers that score each expert by itself, through a sigmoid."""
+
+import jax
+import jax.numpy as jnp
+
+from sparsejax.moe.routers.routing import (
+    Routing,
+    best,
+    check_count,
+    choose,
+    pick,
+    valid_mean,
+)
+from sparsejax.typing import Array, Bool, Float
+
+__all__ = ["sigma_moe", "sigmoid_top_k"]
+
+
+def sigmoid_top_k(
+    logits: Float[Array, "n e"],
+    *,
+    k: int,
+    bias: Float[Array, " e"] | None = None,
+    groups: int = 1,
+    kept_groups: int = 1,
+    scale: float = 1.0,
+    renormalize: bool = True,
+) -> Routing:
+    """Choose by sigmoid plus bias, inside the best groups; weigh by the sigmoid alone.
+
+    Args:
+        groups: consecutive equal parts of the experts.
+        kept_groups: how many of them a token may visit. A group is as good as its two
+            best experts together; experts of other groups are never chosen.
+        scale: factor on the weights (DeepSeek-V3: 2.5).
+        renormalize: divide the kept weights by their sum.
+
+    Raises:
+        ValueError: if the groups are not equal or leave fewer than ``k`` experts.
+
+    Source: DeepSeek-AI 2024, arXiv:2412.19437, Eq. 12-16.
+    """
+    scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+    choice = scores if bias is None else scores + bias[None]
+    choice = _keep_groups(choice, k, groups, kept_groups)
+    chosen = choose(choice, k, None)
+    weights = pick(scores, chosen)
+    if renormalize:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
+    probs = scores / (scores.sum(axis=1, keepdims=True) + 1e-20)
+    return Routing(chosen, weights * scale, probs, {})
+
+
+def _keep_groups(
+    scores: Float[Array, "n e"], k: int, groups: int, kept: int
+) -> Float[Array, "n e"]:
+    """Set the scores outside the ``kept`` best groups to minus infinity."""
+    tokens, experts = scores.shape
+    check_count(k, experts)
+    if groups < 1 or experts % groups:
+        raise ValueError(f"groups={groups}: must divide the {experts} experts")
+    size = experts // groups
+    if not 1 <= kept <= groups or kept * size < k:
+        raise ValueError(
+            f"kept_groups={kept}: must be 1 to {groups} (groups) and leave k={k}"
+            f" experts; a group has {size}"
+        )
+    if kept == groups:
+        return scores
+    parts = jax.lax.stop_gradient(scores).reshape(tokens * groups, size)
+    two = pick(parts, best(parts, min(2, size)))
+    winners = best(two.sum(axis=1).reshape(tokens, groups), kept)
+    parts = parts.reshape(tokens, groups, size)
+    live = (winners[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
+    # Not zero: a biased score below zero would lose to an expert outside its groups.
+    return jnp.where(live[:, :, None], parts, -jnp.inf).reshape(tokens, experts)
+
+
+def sigma_moe(
+    logits: Float[Array, "n e"],
+    *,
+    k: int,
+    bias: Float[Array, " e"] | None = None,
+    valid: Bool[Array, " n"] | None = None,
+    entropy_weight: float = 1e-3,
+) -> Routing:
+    """Weigh the best experts by their sigmoids; keep the mean choice spread out.
+
+    Args:
+        valid: tokens that count in the loss.
+        entropy_weight: weight of minus the entropy of the mean softmax.
+
+    Source: Csordás et al. 2023, arXiv:2310.10837, Sec. 4. Departure: expert dropout is
+    left to the caller, who may set logits to minus infinity.
+    """
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.sigmoid(logits)
+    chosen = choose(scores, k, bias)
+    mean = valid_mean(jax.nn.softmax(logits), valid)
+    negative_entropy = (mean * jnp.log(jnp.maximum(mean, 1e-30))).sum()
+    losses = {"router_entropy": entropy_weight * negative_entropy}
+    probs = scores / (scores.sum(axis=1, keepdims=True) + 1e-20)
+    return Routing(chosen, pick(scores, chosen), probs, losses)

@@ -1,0 +1,68 @@
+"""The study of routers: equal budgets, runs that are kept, equivalence."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from sparsejax.bench import routers
+from sparsejax.bench.equivalence import tost
+from sparsejax.bench.routers import STUDY, overrides_of, summary
+from sparsejax.config import convert, override, read
+from sparsejax.moe import ROUTERS
+from sparsejax.train.config import Config
+
+
+def test_two_one_sided_tests_are_those_of_scipy():
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(3.0, 0.02, 5), generator.normal(3.01, 0.05, 4)
+    lower = stats.ttest_ind(a + 0.1, b, equal_var=False, alternative="greater").pvalue
+    upper = stats.ttest_ind(a - 0.1, b, equal_var=False, alternative="less").pvalue
+    np.testing.assert_allclose(tost(a, b, margin=0.1), max(lower, upper), rtol=1e-6)
+
+
+def test_near_and_certain_is_equivalent_and_far_or_uncertain_is_not():
+    near, far, wild = [3.0, 3.01, 2.99], [3.1, 3.11, 3.09], [2.5, 3.0, 3.5]
+    assert tost(near, near[::-1], margin=0.05) < 0.05
+    assert tost(near, far, margin=0.05) > 0.95
+    assert tost(near, wild, margin=0.05) > 0.3
+    assert tost([1.0, 1.0], [1.0, 1.0], margin=0.1) == 0
+    with pytest.raises(ValueError, match=r"1 and 2 numbers.*run more seeds"):
+        tost([1.0], [1.0, 2.0], margin=0.1)
+
+
+def test_every_router_that_needs_no_file_is_studied_at_an_equal_budget():
+    assert set(STUDY) == set(ROUTERS) - {"expert_choice", "hash_table"}
+    for router in STUDY:
+        values = read("configs/moe.py")
+        for flag in overrides_of(router):
+            path, _, text = flag.removeprefix("--config.").partition("=")
+            override(Config, values, path, text)
+        ffn = convert(Config, values).model.ffn
+        assert ffn.experts * ffn.hidden == 8 * 192
+        assert ffn.per_token * ffn.hidden == 2 * 192
+
+
+def test_a_study_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sparsejax.bench.table.RESULTS", tmp_path)
+    ran = []
+
+    def run(router, seed, more):
+        ran.append((router, seed))
+        mark = routers.fingerprint_of("moe", seed, [*overrides_of(router), *more])
+        row = {"router": router, "seed": seed, "fingerprint": mark}
+        loss = 2 + 0.001 * seed + 0.1 * (router == "hash_random")
+        return row | {"eval_loss": loss, "load_violation": 0.5, "dead_experts": 0}
+
+    monkeypatch.setattr(routers, "run", run)
+    few = ["--routers", "softmax_top_k", "hash_random", "switch"]
+    routers.main([*few[:2], "--seeds", "2"])
+    routers.main([*few, "--seeds", "3"])
+    assert len(ran) == len(set(ran)) == 9
+    table = capsys.readouterr().out
+    assert "| `hash_random` | 2.101 | 0.50 | 0.00 | +0.100 | 1.000 |" in table
+
+
+def test_a_summary_of_one_seed_tests_nothing():
+    row = {"eval_loss": 2.0, "load_violation": 0, "dead_experts": 0}
+    lines = summary([row | {"router": "switch"}, row | {"router": "softmax_top_k"}])
+    assert all(line["p"] == "" for line in lines)

@@ -1,0 +1,75 @@
+"""Conversions of a run that was trained here: what goes in comes out, or is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from sparsejax import convert
+from sparsejax.config import to_dict
+from sparsejax.moe import GatedExperts
+from sparsejax.sample import load
+from sparsejax.train.loop import train
+from tests.train.toy import toy
+
+
+@pytest.fixture(scope="module")
+def dense_run(tmp_path_factory):
+    """Two steps of a dense model."""
+    config = toy(
+        model={"ffn": {"kind": "gated", "hidden": 16}, "memory": None,
+               "memory_layers": ()},
+        masked=None,
+        train={"steps": 2, "eval_every": 2, "save_every": 2, "log_every": 1,
+               "eval_batches": 1, "sample_tokens": 2},
+    )  # fmt: skip
+    workdir = tmp_path_factory.mktemp("dense")
+    train(config, workdir / "run")
+    return config, workdir / "run"
+
+
+def test_an_upcycled_run_begins_as_the_trained_model_and_goes_on(dense_run, tmp_path):
+    config, workdir = dense_run
+    out = tmp_path / "sparse"
+    flags = [f"--workdir={workdir}", f"--out={out}", "--experts=4", "--per_token=2"]
+    assert convert.main(["upcycle", *flags]) == 0
+    ids = jax.random.randint(jax.random.key(0), (2, 32), 0, 48, "int32")
+    (dense, _), (sparse, _) = load(workdir), load(out)
+    np.testing.assert_allclose(
+        sparse(ids).value, dense(ids).value, rtol=1e-4, atol=1e-4
+    )
+    written = json.loads((out / "config.json").read_text())["config"]
+    assert written["model"]["ffn"]["experts"] == 4
+    sparse_config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, ffn=sparse.config.ffn)
+    )
+    assert written == to_dict(sparse_config)
+    assert train(sparse_config, out)["finished"]
+
+
+def test_tables_are_made_of_a_run(dense_run, tmp_path):
+    _, workdir = dense_run
+    ids = load(workdir)[1].vocab_size
+    for kind in ("random", "balanced", "clustered", "dispersed"):
+        out = tmp_path / f"{kind}.npy"
+        flags = [f"--workdir={workdir}", f"--out={out}", f"--kind={kind}"]
+        assert convert.main(["table", *flags, "--experts=4", "--batches=2"]) == 0
+        table = np.load(out)
+        assert table.shape == (ids,)
+        assert set(table) <= set(range(4))
+
+
+def test_what_cannot_be_converted_is_refused(dense_run, tmp_path, capsys):
+    _, workdir = dense_run
+    both = [f"--workdir={workdir}", f"--out={tmp_path / 'x'}", "--experts=2"]
+    for flags, message in (
+        (["upcycle", *both, "--per_token=3"], "per_token=3: at most experts=2"),
+        (["upcycle", *both, "--per_token=1", "--drop=2"], "drop=2.0: must be between"),
+        (["table", *both, "--kind=balancd"], "did you mean 'balanced'?"),
+        (["table", "--workdir=nowhere", *both[1:], "--kind=random"], "no run here"),
+    ):
+        assert convert.main(flags) == 2
+        assert message in capsys.readouterr().err
+    assert GatedExperts._fields[:3] == ("gate", "up", "down")  # what is copied, by name
