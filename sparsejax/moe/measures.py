@@ -32,6 +32,10 @@ def _visits(experts: Experts, weights: Weights, count: int) -> Bool[Array, "n e"
     return (same & (weights != 0)[..., None]).any(axis=1)
 
 
+def _ratio(part: Int[Array, ""], whole: Int[Array, ""]) -> Float[Array, ""]:
+    return part.astype(jnp.float32) / jnp.maximum(whole, 1).astype(jnp.float32)
+
+
 def saturation(
     early: tuple[Experts, Weights], late: tuple[Experts, Weights], *, experts: int
 ) -> Float[Array, ""]:
@@ -42,7 +46,7 @@ def saturation(
     Source: Muennighoff et al. 2024, arXiv:2409.02060, Sec. 5.1.
     """
     a, b = (_visits(*visits, experts) for visits in (early, late))
-    return (a & b).sum() / jnp.maximum(b.sum(), 1).astype(jnp.float32)
+    return _ratio((a & b).sum(), b.sum())
 
 
 def churn(
@@ -55,7 +59,7 @@ def churn(
     a, b = (_visits(*visits, experts) for visits in (before, after))
     there = (a | b).any(axis=1)
     changed = (a != b).any(axis=1) & there
-    return changed.sum() / jnp.maximum(there.sum(), 1).astype(jnp.float32)
+    return _ratio(changed.sum(), there.sum())
 
 
 def co_activation(

@@ -92,7 +92,7 @@ def test_fine_grained_experts_that_all_answer_are_the_expert_they_were_cut_from(
 
 def test_clamped_swiglu_lets_nothing_exceed_seven():
     wide = jnp.asarray([-100.0, 0, 100])
-    np.testing.assert_allclose(clamped_swiglu(wide, wide), [0, 0, 8 * 7], atol=1e-4)
+    np.testing.assert_allclose(clamped_swiglu(wide, wide), [0, 0, 8 * 7], atol=1e-3)
     np.testing.assert_array_equal(squared_relu(wide), [0, 0, 1e4])
     with pytest.raises(ValueError, match="gate=None: clamped_swiglu"):
         clamped_swiglu(None, wide)

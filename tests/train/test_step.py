@@ -39,7 +39,8 @@ def test_the_loss_falls(alone):
 )
 def test_every_mesh_agrees_with_one_device(mesh, alone):
     losses, _ = toy.losses(toy.toy(mesh=mesh), 20)
-    np.testing.assert_allclose(losses, alone[0], rtol=0, atol=2e-6)
+    # Ten units in the last place of a loss of 5: sums are in another order each step.
+    np.testing.assert_allclose(losses, alone[0], rtol=0, atol=5e-6)
 
 
 def test_micro_batches_are_one_batch(alone):
