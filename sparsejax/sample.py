@@ -17,6 +17,11 @@ from sparsejax.train.loop import Trainer
 from sparsejax.train.report import sample_text
 
 
+def _alone() -> jax.sharding.Mesh:
+    """Make the mesh of sampling: one device, whatever the run was trained on."""
+    return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
 def load(workdir: Path) -> tuple[Transformer, Any]:
     """Restore the newest whole checkpoint of a run: its model and its tokenizer.
 
@@ -27,7 +32,7 @@ def load(workdir: Path) -> tuple[Transformer, Any]:
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir}: no run here (config.json is missing)")
     config = convert(Config, json.loads(file.read_text())["config"])
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = _alone()
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
         trainer.data.train.close()
@@ -52,7 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     workdir, prompt = flags.pop("workdir"), flags.pop("prompt")
     try:
         model, tokenizer = load(workdir)
-        text = sample_text(model, tokenizer, prompt, **flags)
+        with jax.set_mesh(_alone()):
+            text = sample_text(model, tokenizer, prompt, **flags)
     except (CheckpointError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -3,10 +3,13 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from sparsejax.config import ConfigError
+from sparsejax import sample
+from sparsejax.config import ConfigError, fingerprint
 from sparsejax.sharding.mesh import MeshConfig
+from sparsejax.train import loop
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.loop import NonFiniteError, Trainer, _Loop, batch_share, train
 from sparsejax.train.metrics import MetricsLog, read_metrics
@@ -32,6 +35,24 @@ def config(corpus, tmp_path_factory):
     short = {"steps": 8, "eval_batches": 2, "sample_tokens": 4}
     plan = {"density": 0.5, "begin": 2, "end": 6, "every": 2}
     return toy.toy(data=data, train=short, masked=plan, mesh={"data": 8})
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """What this module's runs have compiled."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def traced_once(programs, monkeypatch):
+    """Runs of one config on one mesh share their programs: a test makes several."""
+    compiled = loop.compiled
+
+    def shared(step, cut, rows, whole):
+        key = fingerprint(step.config), rows.mesh
+        return programs.setdefault(key, compiled(step, cut, rows, whole))
+
+    monkeypatch.setattr(loop, "compiled", shared)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +91,13 @@ def test_a_run_leaves_what_it_promises(config, straight):
     plots = {path.name for path in (straight / "plots").glob("*.png")}
     assert len(plots) >= 4
     assert list((straight / "tensorboard").iterdir())
+
+
+def test_a_finished_run_can_be_sampled_from(config, straight, capsys):
+    uninterrupted(config, straight)
+    flags = [f"--workdir={straight}", "--prompt=Document 7", "--tokens=4"]
+    assert sample.main(flags) == 0
+    assert capsys.readouterr().out.startswith("Document 7")
 
 
 class KilledError(Exception):
@@ -135,13 +163,26 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(config, straight, corpus):
         assert (jax.device_get(one) == jax.device_get(two)).all()
 
 
-def test_a_number_that_is_not_finite_stops_the_run(config, tmp_path):
-    wild = toy.with_section(
-        config, optim={"learning_rate": 1e30, "warmup": 0, "clip": None}
-    )
-    with pytest.raises(NonFiniteError, match=r"step \d: \S+ is not finite .it went"):
-        train(wild, tmp_path)
+def test_a_number_that_is_not_finite_stops_the_run_which_can_go_on_from_before(
+    config, straight, tmp_path, monkeypatch
+):
+    take = Trainer.take_step
+
+    def poisoned(self, state, batch):
+        if int(state.step) == 5:
+            norm = state.params["norm"]
+            state.params["norm"] = jax.tree.map(
+                lambda x: jax.device_put(x * jnp.inf, x.sharding), norm
+            )
+        return take(self, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", poisoned)
+        with pytest.raises(NonFiniteError, match=r"step 6: \S+ is not finite .it went"):
+            train(config, tmp_path)
     assert not (tmp_path / "summary.json").exists()
+    train(config, tmp_path)
+    assert figures(tmp_path) == uninterrupted(config, straight)
 
 
 def test_a_workdir_of_another_config_is_refused(config, straight):
