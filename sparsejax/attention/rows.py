@@ -54,6 +54,7 @@ class Inputs(NamedTuple):
     mask: BlockMask
     segments: Segments | None
     score: Score
+    strides: tuple[int, int]  # blocks of a step: without a rule, and with one
 
     @property
     def layout(self) -> "Layout":

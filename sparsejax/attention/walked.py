@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 
 from sparsejax.attention.attended import Attended
 from sparsejax.attention.mask import BlockMask
@@ -30,7 +29,7 @@ from sparsejax.attention.rows import (
 )
 from sparsejax.typing import Array
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "forward", "strides"]
 
 TILE = 2**19  # logits of a step: as many as stay near the core
 MOST = 8  # blocks of a step
@@ -38,26 +37,30 @@ OVERHEAD = 0.7  # of a step, in blocks of 128 x 128 with four heads
 RULED = 1.5  # what a block with a rule costs, in blocks without
 
 
-def strides(mask: BlockMask, rows: int) -> tuple[int, int]:
+def strides(mask: BlockMask, shape: tuple[int, ...]) -> tuple[int, int]:
     """Choose how many blocks a step takes: of full ones, and of those left over.
 
     Few steps are good, and so are few places for nothing.
 
     Args:
-        rows: query positions times heads and batch elements of a row.
+        mask: whose lists are walked; unless they are numpy's, the choice is a guess.
+        shape: of the queries, "b t h c".
     """
+    batches, heads = mask.ids.shape[:2]
+    rows = shape[0] // batches * (shape[2] // heads) * mask.block_q
     widest = min(MOST, mask.ids.shape[-1], TILE // (rows * mask.block_kv))
     choices = range(1, max(1, widest) + 1)
-    if isinstance(mask.count, Tracer):
+    if not isinstance(mask.count, np.ndarray):
         return min(4, choices[-1]), min(2, choices[-1])
-    count, full = np.asarray(mask.count), np.asarray(mask.full)
+    pairs = np.stack([mask.count, np.asarray(mask.full)]).reshape(2, -1)
+    (count, full), alike_rows = np.unique(pairs, axis=1, return_counts=True)
     overhead = OVERHEAD * 2**16 / (rows * mask.block_kv)
 
     def cost(pair: tuple[int, int]) -> float:
         steps = full // pair[0]
         rest = -(-(count - steps * pair[0]) // pair[1])
         ruled = RULED * pair[1] + overhead
-        return float(steps.sum() * (pair[0] + overhead) + rest.sum() * ruled)
+        return float(alike_rows @ (steps * (pair[0] + overhead) + rest * ruled))
 
     return min(itertools.product(choices, choices), key=cost)
 
@@ -65,14 +68,13 @@ def strides(mask: BlockMask, rows: int) -> tuple[int, int]:
 class _Steps:
     """The blocks that a row takes at a step, and what it sees of them."""
 
-    def __init__(self, inputs: Inputs, rows: int) -> None:
+    def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.numbers = inputs, key_segments(inputs)
-        self.strides = strides(inputs.mask, rows)
         self.kv = jax.tree.map(inputs.layout.kv_rows, inputs[1:4])
 
     def walk(self, row: Row, step: Any, state: Any) -> Any:
         """Take all steps of a row: ``step(blocks, what they let be seen, state)``."""
-        wide, narrow = self.strides
+        wide, narrow = self.inputs.strides
         steps = row.full // wide
         done = steps * wide
 
@@ -159,7 +161,7 @@ def forward(inputs: Inputs) -> Attended:
     """Attend row by row."""
     layout, shape = inputs.layout, inputs.q.shape
     q_rows = layout.q_rows(inputs.q, inputs.k.shape[2])
-    steps = _Steps(inputs, int(np.prod(q_rows.shape[1:4])))
+    steps = _Steps(inputs)
 
     def visit(carry: Any, each: Any) -> Any:
         row, queries = each
@@ -192,7 +194,7 @@ def forward(inputs: Inputs) -> Attended:
 def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
     """Walk once more; rows of dQ, and dK, dV and the biases' gradient."""
     arrays = backward_rows(inputs, attended, cotangent)
-    steps = _Steps(inputs, int(np.prod(arrays[0].shape[1:4])))
+    steps = _Steps(inputs)
     dtype = inputs.q.dtype
 
     def visit(carry: Any, each: Any) -> Any:

@@ -49,7 +49,9 @@ def xla(
     bias = None if bias is None else bias.mT[..., None]
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
     q, k, v, bias = alike((q, k, v, bias), q, k, v, mask, segments, bias)
-    return _attend(q, k, v, bias, (mask, segments), Score(scale, softcap))
+    # Chosen here: inside, even a mask of numpy arrays is traced.
+    static = Score(scale, softcap), walked.strides(mask, q.shape)
+    return _attend(q, k, v, bias, (mask, segments), static)
 
 
 def path(mask: BlockMask) -> Any:
@@ -75,22 +77,20 @@ def suited(mask: BlockMask) -> BlockMask:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, bias, where, score) -> Attended:
-    mask, segments = where
-    forward, _ = path(mask)
-    return forward(Inputs(q, k, v, bias, mask, segments, score))
+def _attend(q, k, v, bias, where, static) -> Attended:
+    return _attend_forward(q, k, v, bias, where, static)[0]
 
 
-def _attend_forward(q, k, v, bias, where, score):
-    mask, segments = where
-    inputs = Inputs(q, k, v, bias, mask, segments, score)
-    attended = path(mask)[0](inputs)
-    return attended, (inputs[:-1], attended)
+def _attend_forward(q, k, v, bias, where, static):
+    arrays = q, k, v, bias, *where
+    inputs = Inputs(*arrays, *static)
+    attended = path(inputs.mask)[0](inputs)
+    return attended, (arrays, attended)
 
 
-def _attend_backward(score, saved, cotangent: Attended):
+def _attend_backward(static, saved, cotangent: Attended):
     arrays, attended = saved
-    inputs = Inputs(*arrays, score=score)
+    inputs = Inputs(*arrays, *static)
     _, backward = path(inputs.mask)
     return (*gradients(inputs, *backward(inputs, attended, cotangent)), None)
 

@@ -1,9 +1,15 @@
 """Which way the XLA path goes is decided by the blocks, and changes no value."""
 
+import jax
 import numpy as np
 import pytest
 
-from sparsejax.attention import BlockMask, full, sliding_window
+from sparsejax.attention import (
+    BlockMask,
+    block_sparse_attention,
+    full,
+    sliding_window,
+)
 from tests.attention.test_operation import (
     MASKS,
     PATHS,
@@ -53,3 +59,19 @@ def test_a_query_that_reads_few_blocks_fetches_them():
     blocks = {"q_len": 1, "kv_len": 512, "block_q": 1, "block_kv": 128}
     mask = BlockMask.from_pattern(sliding_window(9), **blocks, q_offset=300)
     assert xla.path(mask) == PATHS["gathered"]
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_a_window_is_walked_in_one_step_without_a_rule_and_one_with(jitted):
+    sizes = {"q_len": 4096, "kv_len": 4096, "block_q": 128, "block_kv": 128}
+    mask = BlockMask.from_pattern(sliding_window(512), **sizes)  # 3 full, 2 partial
+    x = jax.ShapeDtypeStruct((1, 4096, 4, 64), "float32")
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, mask, implementation="xla")
+
+    attend = jax.jit(attend) if jitted else attend
+    program = str(jax.make_jaxpr(attend)(x, x, x))
+    assert "f32[1,4,128,384]" in program  # logits of three blocks
+    assert "f32[1,4,128,256]" in program
+    assert "f32[1,4,128,512]" not in program
