@@ -17,12 +17,12 @@ from tests.train.toy import toy
 
 @pytest.fixture(scope="module")
 def dense_run(tmp_path_factory):
-    """Two steps of a dense model."""
+    """Three steps of a dense model."""
     config = toy(
         model={"ffn": {"kind": "gated", "hidden": 16}, "memory": None,
                "memory_layers": ()},
         masked=None,
-        train={"steps": 2, "eval_every": 2, "save_every": 2, "log_every": 1,
+        train={"steps": 3, "eval_every": 3, "save_every": 3, "log_every": 1,
                "eval_batches": 1, "sample_tokens": 2},
     )  # fmt: skip
     workdir = tmp_path_factory.mktemp("dense")
