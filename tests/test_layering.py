@@ -31,6 +31,7 @@ RANKS = {
     "interop": 3,
     "train": 3,
     **dict.fromkeys(("bench", "papers", "sample"), 4),
+    "convert": 5,  # reads runs as sampling does
 }
 KERNEL_IMPORTS = {"jax", "jaxtyping", "numpy", "pallas_kernels"}
 ABOVE = {"configs", "notebooks", "tests", "train"}
