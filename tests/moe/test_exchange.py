@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import pytest
 
 from sparsejax.config import FieldError
-from sparsejax.moe import EXCHANGES, ROUTERS, MoEConfig
+from sparsejax.moe import EXCHANGES, MoEConfig
 from sparsejax.moe.exchange import Exchange
 from tests.moe.exchange_programs import (
     BATCH,
     EXPERTS,
     LENGTH,
     MESHES,
+    NARROW,
     TOKENS,
     assert_close,
     oracle,
@@ -41,11 +42,11 @@ def hard_cases():
 
 
 @pytest.mark.parametrize(("exchange", "devices"), WAYS)
-def test_every_router_equals_the_dense_oracle_on_any_number_of_devices(
+def test_every_narrow_router_equals_the_dense_oracle_on_any_number_of_devices(
     exchange, devices
 ):
     x, _, experts = problem()
-    for router in ROUTERS:
+    for router in NARROW:
         found = program(exchange, MESHES[devices])(x, routed(router), experts)
         assert_close(found, oracle(x, routed(router), experts))
 
@@ -92,7 +93,7 @@ def test_any_dispatcher_may_wait_at_the_other_end(exchange, dispatcher):
     x, _, experts = problem()
     limit = {"capacity_factor": 100.0} if dispatcher == "capacity" else {}
     run = program(exchange, MESHES[4], dispatcher, **limit)
-    for router in ROUTERS:
+    for router in NARROW:
         found = run(x, routed(router), experts)
         assert_close(found, oracle(x, routed(router), experts))
 
