@@ -6,11 +6,13 @@ import json
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparsejax import convert
 from sparsejax.config import to_dict
 from sparsejax.moe import GatedExperts
 from sparsejax.sample import load
+from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.loop import train
 from tests.train.toy import toy
 
@@ -30,23 +32,38 @@ def dense_run(tmp_path_factory):
     return config, workdir / "run"
 
 
-def test_an_upcycled_run_begins_as_the_trained_model_and_goes_on(dense_run, tmp_path):
-    config, workdir = dense_run
-    out = tmp_path / "sparse"
+def upcycle(workdir, out):
     flags = [f"--workdir={workdir}", f"--out={out}", "--experts=4", "--per_token=2"]
     assert convert.main(["upcycle", *flags]) == 0
+
+
+def hidden_of(model):
+    """What a model makes of some ids."""
+    graph, state = nnx.split(model)
     ids = jax.random.randint(jax.random.key(0), (2, 32), 0, 48, "int32")
-    (dense, _), (sparse, _) = load(workdir), load(out)
-    np.testing.assert_allclose(
-        sparse(ids).value, dense(ids).value, rtol=1e-4, atol=1e-4
-    )
-    written = json.loads((out / "config.json").read_text())["config"]
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
+        return jax.jit(lambda state: nnx.merge(graph, state)(ids).value)(state)
+
+
+def test_an_upcycled_run_begins_as_the_trained_model(dense_run, tmp_path):
+    config, workdir = dense_run
+    upcycle(workdir, tmp_path / "sparse")
+    (dense, _), (sparse, _) = load(workdir), load(tmp_path / "sparse")
+    a, b = hidden_of(dense), hidden_of(sparse)
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+    written = json.loads((tmp_path / "sparse/config.json").read_text())["config"]
+    model = dataclasses.replace(config.model, ffn=sparse.config.ffn)
+    assert written == to_dict(dataclasses.replace(config, model=model))
     assert written["model"]["ffn"]["experts"] == 4
-    sparse_config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, ffn=sparse.config.ffn)
-    )
-    assert written == to_dict(sparse_config)
-    assert train(sparse_config, out)["finished"]
+
+
+@pytest.mark.slow  # a second program to compile
+def test_an_upcycled_run_goes_on_training(dense_run, tmp_path):
+    config, workdir = dense_run
+    out = tmp_path / "sparse"
+    upcycle(workdir, out)
+    model = dataclasses.replace(config.model, ffn=load(out)[0].config.ffn)
+    assert train(dataclasses.replace(config, model=model), out)["finished"]
 
 
 def test_tables_are_made_of_a_run(dense_run, tmp_path):
