@@ -17,7 +17,9 @@ def test_two_one_sided_tests_are_those_of_scipy():
     a, b = generator.normal(3.0, 0.02, 5), generator.normal(3.01, 0.05, 4)
     lower = stats.ttest_ind(a + 0.1, b, equal_var=False, alternative="greater").pvalue
     upper = stats.ttest_ind(a - 0.1, b, equal_var=False, alternative="less").pvalue
-    np.testing.assert_allclose(tost(a, b, margin=0.1), max(lower, upper), rtol=1e-4)
+    np.testing.assert_allclose(
+        tost(list(a), list(b), margin=0.1), max(lower, upper), rtol=1e-6
+    )
 
 
 def test_near_and_certain_is_equivalent_and_far_or_uncertain_is_not():
