@@ -53,6 +53,16 @@ def route(name, scores, **more):
     return _route(name, scores, arrays)
 
 
+def compiled(function):
+    """The function as one program: called eagerly, each of its operations is one."""
+    static = [
+        name
+        for name, p in inspect.signature(function).parameters.items()
+        if name in ("k", "batch", "chunk") or isinstance(p.default, int | float | str)
+    ]
+    return jax.jit(function, static_argnames=static)
+
+
 def dense(routing):
     """Weights as a matrix of tokens by experts."""
     one_hot = jax.nn.one_hot(routing.experts, routing.probs.shape[1])

@@ -17,13 +17,14 @@ from sparsejax.moe import (
     limited,
     order,
 )
-from sparsejax.moe.routers import softmax_top_k, top_k_softmax
-from tests.moe.routed import EXPERTS, TOKENS, choices, context
+from sparsejax.moe.routers import top_k
+from tests.moe.routed import EXPERTS, TOKENS, compiled, route
 
 WIDTH, HIDDEN = 8, 10
 FAST = [name for name in sorted(DISPATCHERS) if name != "dense"]
 
 
+@functools.cache
 def problem(seed=0, experts=EXPERTS):
     keys = jax.random.split(jax.random.key(seed), 5)
     normal = jax.random.normal
@@ -40,6 +41,8 @@ jitted = jax.jit(
     apply_experts, static_argnames=("dispatcher", "activation", "capacity")
 )
 limit = jax.jit(limited, static_argnums=1)
+softmax_top_k = compiled(top_k.softmax_top_k)
+top_k_softmax = compiled(top_k.top_k_softmax)
 
 
 def apply(name, x, routing, experts, **settings):
@@ -60,24 +63,32 @@ def looped(x, routing, experts):
     return y
 
 
-def routed(name, logits):
-    return ROUTERS[name](logits, k=choices(name), **context(name))
+@functools.cache
+def routed(name):
+    """A router's choice as two slots a token, or as many as it needs."""
+    x, logits_weight, _ = problem()
+    routing = route(name, x @ logits_weight)
+    room = ((0, 0), (0, max(0, 2 - routing.weights.shape[1])))
+    chosen, weights = (jnp.pad(a, room) for a in (routing.experts, routing.weights))
+    return Routing(chosen, weights, routing.probs, {})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradients(dispatcher, x, routing, experts):
+    """Of any routing: only the number of its slots makes another program."""
+
+    def total(x, weights, experts):
+        y = apply(dispatcher, x, routing._replace(weights=weights), experts)
+        return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
+
+    grad = jax.grad(total, (0, 1, 2), has_aux=True)
+    return grad(x, routing.weights, experts)
 
 
 @functools.cache
 def value_and_gradients(dispatcher, router):
-    @jax.jit
-    def run(x, logits_weight, experts):
-        def total(x, logits_weight, experts):
-            y = apply(dispatcher, x, routed(router, x @ logits_weight), experts)
-            return (y * jnp.cos(jnp.arange(y.size).reshape(y.shape))).sum(), y
-
-        (_, y), grads = jax.value_and_grad(total, (0, 1, 2), has_aux=True)(
-            x, logits_weight, experts
-        )
-        return y, grads
-
-    return run(*problem())
+    x, _, experts = problem()
+    return _value_and_gradients(dispatcher, x, routed(router), experts)
 
 
 def assert_close(a, b, tolerance=2e-5):
@@ -87,8 +98,8 @@ def assert_close(a, b, tolerance=2e-5):
 
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_dense_is_the_loop_over_tokens_and_choices(router):
-    x, logits_weight, experts = problem()
-    routing = routed(router, x @ logits_weight)
+    x, _, experts = problem()
+    routing = routed(router)
     y = apply("dense", x, routing, experts)
     np.testing.assert_allclose(y, looped(x, routing, experts), rtol=1e-4, atol=1e-5)
 

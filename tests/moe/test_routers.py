@@ -10,19 +10,13 @@ import pytest
 from hypothesis import given
 
 from sparsejax.moe import ROUTERS
-from sparsejax.moe.routers import accepts, settings
+from sparsejax.moe.routers import accepts, settings, sigmoid, top_k
 from sparsejax.moe.routers.routing import best as _best
-from sparsejax.moe.routers.sigmoid import sigma_moe, sigmoid_top_k
-from sparsejax.moe.routers.top_k import (
-    noisy_top_k,
-    softmax_top_k,
-    switch,
-    top_k_softmax,
-)
 from tests.moe.routed import (
     EXPERTS,
     TOKENS,
     choices,
+    compiled,
     context,
     dense,
     logits_of,
@@ -35,9 +29,12 @@ PADDED = [name for name in NAMES if "valid" in accepts(ROUTERS[name])]
 TRAINED = [name for name in NAMES if "key" in accepts(ROUTERS[name])]
 SCORED = [name for name in NAMES if "blank" not in accepts(ROUTERS[name])]
 
-best = jax.jit(_best, static_argnums=1)
-softmax_first = jax.jit(softmax_top_k, static_argnames="k")
-softmax_last = jax.jit(top_k_softmax, static_argnames="k")
+best = compiled(_best)
+sigma_moe, sigmoid_top_k = map(compiled, (sigmoid.sigma_moe, sigmoid.sigmoid_top_k))
+noisy_top_k, softmax_top_k, switch, top_k_softmax = map(
+    compiled,
+    (top_k.noisy_top_k, top_k.softmax_top_k, top_k.switch, top_k.top_k_softmax),
+)
 
 
 def assert_is_a_routing(routing):
@@ -158,7 +155,7 @@ def test_more_experts_than_there_are_are_refused(name, k):
 
 @given(seed=st.integers(0, 1000), k=st.sampled_from([1, 3, EXPERTS]))
 def test_softmax_then_renormalise_is_softmax_of_the_kept(seed, k):
-    a, b = (route(logits_of(seed), k=k) for route in (softmax_first, softmax_last))
+    a, b = (route(logits_of(seed), k=k) for route in (softmax_top_k, top_k_softmax))
     np.testing.assert_array_equal(a.experts, b.experts)
     np.testing.assert_allclose(a.weights, b.weights, rtol=1e-5)
 
@@ -248,10 +245,10 @@ def test_sigma_moe_entropy_ignores_padding():
 
 
 def test_sources_and_settings_are_read_from_the_signature():
-    assert accepts(sigma_moe) == {"logits", "bias", "valid"}
-    assert settings(sigma_moe) == {"entropy_weight": 1e-3}
-    assert settings(switch) == {}
-    found = settings(noisy_top_k)
+    assert accepts(sigmoid.sigma_moe) == {"logits", "bias", "valid"}
+    assert settings(sigmoid.sigma_moe) == {"entropy_weight": 1e-3}
+    assert settings(top_k.switch) == {}
+    found = settings(top_k.noisy_top_k)
     assert found == {"importance_weight": 0.1, "load_weight": 0.1}
 
 

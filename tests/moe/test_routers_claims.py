@@ -9,23 +9,32 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from sparsejax.moe import STATES, expert_load
-from sparsejax.moe.routers import Routing
-from sparsejax.moe.routers.assignment import (
-    auction,
-    base,
-    expert_choice,
-    expert_choice_by_position,
-    s_base,
-    selective_sinkhorn,
-    sinkhorn,
-)
-from sparsejax.moe.routers.relu import block_ffn, chunk_sparsity, remoe
-from sparsejax.moe.routers.top_k import cosine_top_k, k_means, softmax_top_k
+from sparsejax.moe.routers import Routing, assignment, relu, top_k
 from sparsejax.moe.sources import moved_means, moved_penalty
-from tests.moe.routed import BATCH, EXPERTS, TOKENS, dense, logits_of
+from tests.moe.routed import BATCH, EXPERTS, TOKENS, compiled, logits_of
+from tests.moe.routed import dense as _dense
 
 KEY = jax.random.key(0)
-PLAN = jax.jit(sinkhorn, static_argnames=("temperature", "iterations"))
+auction, base, expert_choice, expert_choice_by_position, s_base = map(
+    compiled,
+    (
+        assignment.auction,
+        assignment.base,
+        assignment.expert_choice,
+        assignment.expert_choice_by_position,
+        assignment.s_base,
+    ),
+)
+selective_sinkhorn, sinkhorn = map(
+    compiled, (assignment.selective_sinkhorn, assignment.sinkhorn)
+)
+block_ffn, chunk_sparsity, remoe = map(
+    compiled, (relu.block_ffn, relu.chunk_sparsity, relu.remoe)
+)
+cosine_top_k, k_means, softmax_top_k = map(
+    compiled, (top_k.cosine_top_k, top_k.k_means, top_k.softmax_top_k)
+)
+dense = jax.jit(_dense)
 
 
 @functools.cache
@@ -80,7 +89,7 @@ def test_base_is_balanced_in_training_and_greedy_otherwise():
 
 @pytest.mark.parametrize("temperature", [0.1, 1.0])
 def test_sinkhorn_meets_its_marginals(temperature):
-    plan = PLAN(skewed(), temperature=temperature, iterations=2000)
+    plan = sinkhorn(skewed(), temperature=temperature, iterations=2000)
     np.testing.assert_allclose(plan.sum(axis=1), 1, rtol=1e-5)
     np.testing.assert_allclose(plan.sum(axis=0), TOKENS / EXPERTS, rtol=1e-3)
 
@@ -92,13 +101,13 @@ def test_sinkhorn_in_logarithms_is_sinkhorn():
         v = TOKENS / EXPERTS / (kernel.T @ u)
         u = 1 / (kernel @ v)
     expected = u[:, None] * kernel * v[None]
-    plan = PLAN(skewed(), temperature=1.0, iterations=500)
+    plan = sinkhorn(skewed(), temperature=1.0, iterations=500)
     np.testing.assert_allclose(plan, expected, atol=1e-3)
 
 
 def test_a_cold_plan_is_the_best_assignment():
     scores = jnp.round(4 * logits_of(3)) + 0.01 * logits_of(4)
-    plan = PLAN(scores, temperature=0.02, iterations=20_000)
+    plan = sinkhorn(scores, temperature=0.02, iterations=20_000)
     reached = float((plan * scores).sum())
     assert abs(reached - best_total(scores)) < 0.02 * TOKENS
 

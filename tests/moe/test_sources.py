@@ -23,7 +23,9 @@ OWNED = {
 
 
 def config(router="softmax_top_k", **settings):
+    """Of a layer; all tokens through all experts compile soonest."""
     sizes = {"experts": EXPERTS, "per_token": choices(router), "hidden": 12}
+    sizes["dispatcher"] = "dense"
     return MoEConfig(**(sizes | {"router": router} | settings))
 
 
