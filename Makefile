@@ -27,6 +27,8 @@ COMPAT ?= tests/test_config.py tests/test_tree.py tests/test_partition.py \
 # $(call in,LEVEL) puts the environment's programs first; a failed set-up ends the recipe.
 in = set -e; python=$$(PYTHON='$(PYTHON)' .ci/environment $(1)); bin=$$(dirname $$python)
 pytest = $$python -m pytest -q
+# A file's tests stay together: they share what they have compiled.
+apart = -n $(JOBS) --dist loadfile
 lint = $$bin/ruff format --check .; $$bin/ruff check .; $$bin/pyright --pythonpath $$python
 
 .PHONY: setup train test test-slow test-compat test-aot bench lint papers
@@ -38,13 +40,13 @@ train:
 	@$(call in,run); $$python train.py --config=configs/quickstart.py $(ARGS)
 
 test:
-	@$(call in,test); $(lint); $(pytest) -n $(JOBS) $(ARGS)
+	@$(call in,test); $(lint); $(pytest) $(apart) $(ARGS)
 
 test-slow:
 	@$(call in,test); $(pytest) -m slow $(ARGS)
 
 test-compat:
-	@$(call in,test); $(pytest) -n $(JOBS) $(COMPAT) $(ARGS)
+	@$(call in,test); $(pytest) $(apart) $(COMPAT) $(ARGS)
 
 # One process: two of them would fight for the TPU compiler's lock.
 test-aot:

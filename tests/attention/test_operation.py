@@ -1,5 +1,6 @@
 """Block-sparse attention: the fast path equals the definition, gradients included."""
 
+import functools
 import importlib
 
 import jax
@@ -166,33 +167,46 @@ def path(request, monkeypatch):
     return request.param
 
 
+def extras(key):
+    return {
+        "scale": 0.7,
+        "softcap": 2.0,
+        "segments": SEGMENTS,
+        "sinks": jnp.linspace(-1, 1, 4),
+        "bias": jax.random.normal(key, (2, 2, 29)),
+    }
+
+
+@functools.cache
+def by_definition(name, key, *, more=False, **heads):
+    """What all paths have to give: arrays, keywords, and the answer to them."""
+    x = arrays(jax.random.key(key), **heads)
+    kwargs = extras(jax.random.key(key)) if more else {}
+    mask = MASKS[name]()
+    return x, kwargs, both(*x, mask, implementation="reference", **kwargs)
+
+
 @pytest.mark.parametrize("name", sorted(MASKS))
-def test_xla_equals_the_reference(name, path, key):
-    q, k, v = arrays(key)
-    fast = both(q, k, v, MASKS[name](), implementation="xla")
-    assert_equal_trees(fast, both(q, k, v, MASKS[name](), implementation="reference"))
+def test_xla_equals_the_reference(name, path):
+    x, _, expected = by_definition(name, 0)
+    assert_equal_trees(both(*x, MASKS[name](), implementation="xla"), expected)
 
 
 @pytest.mark.parametrize(
     "name", ["causal", "heads", "dense_batch", "coarse", "lists", "tokens"]
 )
-def test_xla_equals_the_reference_with_all_extras(name, path, key):
-    q, k, v = arrays(key)
-    extras = {"scale": 0.7, "softcap": 2.0, "segments": SEGMENTS}
-    extras["sinks"] = jnp.linspace(-1, 1, 4)
-    extras["bias"] = jax.random.normal(key, (2, 2, 29))
-    fast = both(q, k, v, MASKS[name](), implementation="xla", **extras)
-    slow = both(q, k, v, MASKS[name](), implementation="reference", **extras)
-    assert_equal_trees(fast, slow)
+def test_xla_equals_the_reference_with_all_extras(name, path):
+    x, more, expected = by_definition(name, 1, more=True)
+    assert_equal_trees(both(*x, MASKS[name](), implementation="xla", **more), expected)
 
 
 @pytest.mark.parametrize(("h", "g"), [(4, 1), (6, 3)])
 @pytest.mark.parametrize("shared", [True, False])
-def test_grouped_heads_read_their_own_keys(h, g, shared, path, key):
-    q, k, v = arrays(key, h=h, g=g)
-    mask = BlockMask.from_pattern(causal() if shared else (causal(),) * h, **SIZES)
-    fast = both(q, k, v, mask, implementation="xla")
-    assert_equal_trees(fast, both(q, k, v, mask, implementation="reference"))
+def test_grouped_heads_read_their_own_keys(h, g, shared, path):
+    x, _, expected = by_definition("causal", 2, h=h, g=g)
+    rule = causal() if shared else (causal(),) * h
+    mask = BlockMask.from_pattern(rule, **SIZES, q_offset=7)
+    assert_equal_trees(both(*x, mask, implementation="xla"), expected)
 
 
 def test_the_reference_equals_dense_attention_of_jax(key):

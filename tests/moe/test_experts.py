@@ -70,7 +70,7 @@ def test_an_expert_without_rows_gets_no_gradient():
         y = grouped(x, experts, SIZES, activation=HIDDEN["clamped_swiglu"])
         return jnp.square(y[:7]).sum()
 
-    gradient = jax.grad(total)(stack())
+    gradient = jax.jit(jax.grad(total))(stack())
     for weight in gradient:
         assert not weight[1].any()
         assert jnp.isfinite(weight).all()
@@ -102,7 +102,7 @@ def test_a_layer_has_the_weights_of_its_experts_make():
     def names(**make):
         config = MoEConfig(experts=4, per_token=2, hidden=6, shared=4, **make)
         layer = MoE(config, D, rngs=nnx.Rngs(0))
-        out = layer(jax.random.normal(jax.random.key(0), (2, 4, D)))
+        out = nnx.jit(layer)(jax.random.normal(jax.random.key(0), (2, 4, D)))
         assert jnp.isfinite(out.value).all()
         return {key for key in nnx.to_pure_dict(nnx.state(layer)) if key != "router"}
 
