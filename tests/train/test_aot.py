@@ -15,7 +15,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_judgement_counts_what_one_chip_holds():
-    config = toy.toy(mesh={"data": 2, "fsdp": 2, "expert": 2})
+    config = toy.toy(
+        mesh={"data": 2, "fsdp": 2, "expert": 2},
+        model={
+            "remat": "full",
+            "ffn": toy.TOY["model"]["ffn"]
+            | {"exchange": "all_to_all", "exchange_factor": 1.5},
+        },
+        optim={"accumulate": 2},
+    )
     target = Target("cpu", jax.devices(), memory=2**30)
     found = judge(config, target)
     alone = judge(toy.toy(), Target("cpu", jax.devices()[:1], memory=2**30))
@@ -27,7 +35,11 @@ def test_a_judgement_counts_what_one_chip_holds():
     assert found.useful_flops == pytest.approx(alone.useful_flops / 8)
     assert found.fits
     assert found.collectives["all-gather"] > 0
-    assert alone.collectives == {}
+    assert alone.collectives == alone.exchange == alone.expected == {}
+    # Loops over micro-batches and layers, and what is computed again, are all counted.
+    assert found.exchange == found.expected
+    assert found.expected["all-to-all"] > 0
+    assert "exchange: all-to-all" in text_of("cpu", found)
 
 
 def test_what_does_not_fit_is_said_so():
@@ -49,6 +61,13 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ConfigError, match=r"pip install 'sparsejax\[aot\]'"):
         describe("tpu:v5e:2x2")
+
+
+def test_a_misspelt_target_ends_in_one_line():
+    with pytest.raises(ConfigError, match=r"tpu:v5q:8x8x8: no such TPU; did you mean"):
+        describe("tpu:v5q:8x8x8")
+    with pytest.raises(ConfigError, match=r"gpu:h20: no such GPU; did you mean 'h200'"):
+        describe("gpu:h20")
 
 
 @pytest.mark.aot

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sparsejax.config import convert
+from sparsejax.config import convert, fingerprint
 from sparsejax.data import Batch
 from sparsejax.partition import BATCH
 from sparsejax.sharding.mesh import make_mesh, shardings
@@ -88,15 +88,21 @@ def batch(seed=0):
     )
 
 
+PROGRAMS = {}  # of a config on a mesh: tests that ask for the same share them
+
+
 def start(config, devices=None):
-    """Compile a config's functions on its mesh: (state, train, evaluate, mesh)."""
+    """A config's functions on its mesh: (step, state, train, evaluate, mesh)."""
     mesh = make_mesh(config.mesh, devices)
+    name = fingerprint(config), mesh
     with jax.set_mesh(mesh):
-        step = Step(config, VOCABULARY, np.ones(VOCABULARY, np.int32))
-        cut = shardings(jax.eval_shape(step.init, jax.random.key(0)), mesh)
-        rows = NamedSharding(mesh, PartitionSpec(BATCH))
-        whole = NamedSharding(mesh, PartitionSpec())
-        init, train, evaluate = compiled(step, cut, rows, whole)
+        if name not in PROGRAMS:
+            step = Step(config, VOCABULARY, np.ones(VOCABULARY, np.int32))
+            cut = shardings(jax.eval_shape(step.init, jax.random.key(0)), mesh)
+            rows = NamedSharding(mesh, PartitionSpec(BATCH))
+            whole = NamedSharding(mesh, PartitionSpec())
+            PROGRAMS[name] = step, *compiled(step, cut, rows, whole)
+        step, init, train, evaluate = PROGRAMS[name]
         return step, init(jax.random.key(0)), train, evaluate, mesh
 
 
