@@ -114,7 +114,7 @@ class _Fetched:
 def forward(inputs: Inputs) -> Attended:
     """Attend a few rows at a time."""
     layout, fetched = inputs.layout, _Fetched(inputs)
-    queries = layout.q_rows(inputs.q, inputs.k.shape[2])
+    queries = layout.tall(layout.q_rows(inputs.q, inputs.k.shape[2]))
 
     def visit(carry: Any, n: Array, _: Array, queries: Array) -> Any:
         at, live = fetched.at(n)
@@ -129,8 +129,8 @@ def forward(inputs: Inputs) -> Attended:
         return carry, (out / jnp.where(seen, total, 1), jnp.where(seen, lse, -jnp.inf))
 
     _, (out, lse) = fetched.scan(visit, (), queries)
-    lse = layout.from_q_rows(lse, (*inputs.q.shape[:3], 1))[..., 0]
-    return Attended(layout.from_q_rows(out, inputs.q.shape), lse.mT)
+    out, lse = (layout.from_q_rows(layout.flat(x), inputs.q.shape) for x in (out, lse))
+    return Attended(out, lse[..., 0].mT)
 
 
 def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
@@ -158,12 +158,12 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), fetched.kv)
     zeros = alike(zeros, inputs, cotangent)
-    arrays = backward_rows(inputs, attended, cotangent)
-    dkv, dq = fetched.scan(visit, zeros, arrays)
     layout = inputs.layout
+    arrays = [*map(layout.tall, backward_rows(inputs, attended, cotangent))]
+    dkv, dq = fetched.scan(visit, zeros, arrays)
 
     def as_rows(x: Array, like: Array) -> Array:
         whole = like.shape[0], layout.columns * layout.block_kv, *like.shape[2:]
         return layout.kv_rows(x.reshape(whole))
 
-    return dq, *jax.tree.map(as_rows, dkv, inputs[1:4])
+    return layout.flat(dq), *jax.tree.map(as_rows, dkv, inputs[1:4])

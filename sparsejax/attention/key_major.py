@@ -20,6 +20,7 @@ from sparsejax.attention.rows import (
     Row,
     alike,
     backward_rows,
+    beside,
     key_segments,
     product,
     table,
@@ -99,7 +100,7 @@ class _Tiles(NamedTuple):
     @classmethod
     def of(cls, inputs: Inputs) -> "_Tiles":
         row = table(inputs)
-        kv = jax.tree.map(inputs.layout.kv_rows, inputs[1:4])
+        kv = jax.tree.map(lambda x: beside(inputs.layout.kv_rows(x)), inputs[1:4])
         plan = _plan(row, len(kv[0]), _tile_size(inputs, row))
         return cls(inputs, row, plan, kv, key_segments(inputs))
 
@@ -148,7 +149,7 @@ class _Tiles(NamedTuple):
 def forward(inputs: Inputs) -> Attended:
     """Attend tile by tile, then join each row's parts."""
     layout, tiles = inputs.layout, _Tiles.of(inputs)
-    queries = layout.q_rows(inputs.q, inputs.k.shape[2])
+    queries = layout.tall(layout.q_rows(inputs.q, inputs.k.shape[2]))
 
     def visit(tile: Array, state: Any) -> Any:
         out, top, total = state
@@ -175,17 +176,16 @@ def forward(inputs: Inputs) -> Attended:
     seen = total > 0
     out = tiles.sum(out, share) / jnp.where(seen, total, 1)
     lse = highest[..., None] + jnp.log(jnp.where(seen, total, 1))
-    lse = layout.from_q_rows(jnp.where(seen, lse, -jnp.inf), (*inputs.q.shape[:3], 1))[
-        ..., 0
-    ]
-    return Attended(layout.from_q_rows(out, inputs.q.shape), lse.mT)
+    lse = jnp.where(seen, lse, -jnp.inf)
+    out, lse = (layout.from_q_rows(layout.flat(x), inputs.q.shape) for x in (out, lse))
+    return Attended(out, lse[..., 0].mT)
 
 
 def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
     """Visit the same tiles again; a tile adds to its block's dK and dV in place."""
-    tiles, dtype = _Tiles.of(inputs), inputs.q.dtype
+    tiles, dtype, layout = _Tiles.of(inputs), inputs.q.dtype, inputs.layout
     keys, values, biases = tiles.kv
-    arrays = backward_rows(inputs, attended, cotangent)
+    arrays = [*map(layout.tall, backward_rows(inputs, attended, cotangent))]
 
     def visit(tile: Array, state: Any) -> Any:
         room, dk, dv, dbias = state
@@ -206,4 +206,4 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (keys, values, biases))
     start = alike((tiles.room(arrays[0].shape[1:]), *zeros), inputs, cotangent)
     room, *dkv = jax.lax.fori_loop(0, tiles.plan.count, visit, start)
-    return tiles.sum(room), *dkv
+    return layout.flat(tiles.sum(room)), *jax.tree.map(beside, dkv)

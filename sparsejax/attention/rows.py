@@ -90,7 +90,7 @@ class Layout(NamedTuple):
         return ((batch * self.keys + head) * self.columns).astype("int32")
 
     def q_rows(self, x: Array, groups: int) -> Array:
-        """[b, t, h, c] to [N, B, G, Q, c]."""
+        """[b, t, h, c] to [N, B, q, G, r, c]; shared lists move nothing."""
         b, _, h, c = x.shape
         x = pad(x, 1, self.rows * self.block_q)
         group = groups // self.keys
@@ -98,33 +98,42 @@ class Layout(NamedTuple):
             *(self.batches, b // self.batches, self.rows, self.block_q, self.heads),
             *(group, h // self.heads // group, c),
         )
-        x = x.transpose(0, 4, 2, 1, 5, 6, 3, 7)
-        return x.reshape(-1, *x.shape[3:5], x.shape[5] * self.block_q, c)
+        x = x.transpose(0, 4, 2, 1, 3, 5, 6, 7)
+        return x.reshape(-1, *x.shape[3:])
 
     def from_q_rows(self, x: Array, shape: tuple[int, ...]) -> Array:
-        """[N, B, G, Q, c] to [b, t, h, c]."""
-        b, t, _, _ = shape
-        lead = (self.batches, self.heads, self.rows, *x.shape[1:3])
-        x = x.reshape(*lead, -1, self.block_q, x.shape[-1])
-        x = x.transpose(0, 3, 2, 6, 1, 4, 5, 7)
-        return x.reshape(b, self.rows * self.block_q, *shape[2:])[:, :t]
+        """[N, B, q, G, r, c] to [b, t, h, c]."""
+        b, t, h, _ = shape
+        x = x.reshape(self.batches, self.heads, self.rows, *x.shape[1:])
+        x = x.transpose(0, 3, 2, 4, 1, 5, 6, 7)
+        return x.reshape(b, self.rows * self.block_q, h, -1)[:, :t]
+
+    def tall(self, x: Array) -> Array:
+        """[..., q, G, r, c] to [..., G, Q, c], as products take it."""
+        x = jnp.moveaxis(x, -4, -2)
+        return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+    def flat(self, x: Array) -> Array:
+        """[..., G, Q, c] to [..., q, G, r, c]."""
+        x = x.reshape(*x.shape[:-2], -1, self.block_q, x.shape[-1])
+        return jnp.moveaxis(x, -2, -4)
 
     def kv_rows(self, x: Array) -> Array:
-        """[b, s, g, c] to [blocks, B, G, K, c]."""
+        """[b, s, g, c] to [blocks, B, K, G, c]; shared lists move nothing."""
         b, _, g, c = x.shape
         x = pad(x, 1, self.columns * self.block_kv)
         x = x.reshape(
             *(self.batches, b // self.batches, self.columns, self.block_kv, self.keys),
             *(g // self.keys, c),
         )
-        x = x.transpose(0, 4, 2, 1, 5, 3, 6)
+        x = x.transpose(0, 4, 2, 1, 3, 5, 6)
         return x.reshape(-1, *x.shape[3:])
 
     def from_kv_rows(self, x: Array, shape: tuple[int, ...]) -> Array:
-        """[blocks, B, G, K, c] to [b, s, g, c]."""
+        """[blocks, B, K, G, c] to [b, s, g, c]."""
         b, s, g, c = shape
         x = x.reshape(self.batches, self.keys, self.columns, *x.shape[1:])
-        x = x.transpose(0, 3, 2, 5, 1, 4, 6)
+        x = x.transpose(0, 3, 2, 4, 1, 5, 6)
         return x.reshape(b, self.columns * self.block_kv, g, c)[:, :s]
 
 
@@ -281,6 +290,11 @@ def alike(start: Any, *trees: Any) -> Any:
         ),
         start,
     )
+
+
+def beside(blocks: Array) -> Array:
+    """[blocks, B, K, G, c] to [blocks, B, G, K, c], or back."""
+    return blocks.swapaxes(2, 3)
 
 
 def pad(x: Array, axis: int, length: int) -> Array:

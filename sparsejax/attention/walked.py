@@ -23,6 +23,7 @@ from sparsejax.attention.rows import (
     Row,
     alike,
     backward_rows,
+    beside,
     key_segments,
     product,
     table,
@@ -70,7 +71,15 @@ class _Steps:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.numbers = inputs, key_segments(inputs)
+        # On the queries it is one pass over few numbers, but in less it would round.
+        exact, score = inputs.q.dtype == "float32", inputs.score
+        self.scale = score.scale if exact else 1.0
+        self.score = score._replace(scale=1.0) if exact else score
         self.kv = jax.tree.map(inputs.layout.kv_rows, inputs[1:4])
+
+    def scaled(self, queries: Array) -> Array:
+        """Queries of a row as products take them."""
+        return self.inputs.layout.tall(queries) * self.scale
 
     def walk(self, row: Row, step: Any, state: Any) -> Any:
         """Take all steps of a row: ``step(blocks, what they let be seen, state)``."""
@@ -79,27 +88,28 @@ class _Steps:
         done = steps * wide
 
         def plain(n: Array, state: Any) -> Any:
-            first = n * wide
-            return step([row.ids[first + place] for place in range(wide)], None, state)
+            ids = jax.lax.dynamic_slice_in_dim(row.ids, n * wide, wide)
+            return step(ids, None, state)
 
         def ruled(n: Array, state: Any) -> Any:
-            places = [done + n * narrow + place for place in range(narrow)]
+            place = done + n * narrow + jnp.arange(narrow, dtype="int32")
             # After the end the last block comes again, hidden.
-            ids = [row.ids[jnp.minimum(place, row.count - 1)] for place in places]
-            return step(ids, self.visible(row, jnp.stack(places), ids), state)
+            ids = row.ids[jnp.minimum(place, row.count - 1)]
+            return step(ids, self.visible(row, place, ids), state)
 
         state = jax.lax.fori_loop(0, steps, plain, state)
         return jax.lax.fori_loop(0, -(-(row.count - done) // narrow), ruled, state)
 
-    def tiles(self, row: Row, ids: list[Array]) -> Any:
+    def tiles(self, row: Row, ids: Array) -> Any:
         """Keys, values and biases of some blocks, [B, G, K, c]."""
 
         def of(x: Array) -> Array:
-            return jnp.concatenate([x[row.key_base + block] for block in ids], axis=2)
+            x = x.at[row.key_base + ids].get(mode="clip").transpose(1, 3, 0, 2, 4)
+            return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
         return jax.tree.map(of, self.kv)
 
-    def added(self, row: Row, ids: list[Array], total: Any, tiles: Any) -> Any:
+    def added(self, row: Row, ids: Array, total: Any, tiles: Any) -> Any:
         """Add the tiles of some blocks where they came from."""
 
         def add(total: Array, tile: Array) -> Array:
@@ -112,7 +122,7 @@ class _Steps:
 
     def logits(self, allowed: Any, queries: Array, kv: Any) -> tuple[Array, Any]:
         """Logits [B, G, Q, K], -inf where hidden, and their slope by the products."""
-        score, (keys, _, biases) = self.inputs.score, kv
+        score, (keys, _, biases) = self.score, kv
         logits = score.logits(product(queries, keys, "bgqc,bgkc->bgqk"))
         slope = score.slope(logits)
         logits = logits if biases is None else logits + biases.mT
@@ -122,22 +132,19 @@ class _Steps:
         hidden = jnp.where(allowed, logits.reshape(split), -jnp.inf)
         return hidden.reshape(logits.shape), slope
 
-    def visible(self, row: Row, place: Array, ids: list[Array]) -> Array:
+    def visible(self, row: Row, place: Array, ids: Array) -> Array:
         """The element rule of a step's blocks, [B, 1, 1, block_q, K]."""
         mask = self.inputs.mask
         bq, bk = mask.block_q, mask.block_kv
         live, whole = place < row.count, place < row.full
 
-        def beside(parts: list[Array]) -> Array:
-            return jnp.concatenate(parts, axis=-1)
-
         def cut(x: Array) -> Array:
-            cuts = [jax.lax.dynamic_slice_in_dim(x, b * bk, bk, axis=-1) for b in ids]
-            return beside(cuts)
+            x = x.reshape(*x.shape[:-1], -1, bk)[..., ids, :]
+            return x.reshape(*x.shape[:-2], -1)
 
         i = row.top + jnp.arange(bq, dtype="int32")[:, None]
         lane = jnp.arange(bk, dtype="int32")
-        j = beside([block * bk + lane for block in ids])[None]
+        j = (ids[:, None] * bk + lane[None]).reshape(1, -1)
         allowed = jnp.broadcast_to(j < mask.kv_len, (bq, j.shape[1]))
         if row.choice is not None:
             branches = [functools.partial(p, i, j) for p in mask.patterns]
@@ -147,14 +154,15 @@ class _Steps:
         if row.elements is not None:
             allowed = allowed & cut(row.elements)
         if row.grants is not None:
-            granted = [row.grants[:, block] for block in ids]
-            allowed = allowed & jnp.stack(granted, axis=-1).repeat(bk, axis=1)
+            allowed = allowed & row.grants[:, ids].repeat(bk, axis=1)
         allowed = allowed[None]
         if row.segments is not None and self.numbers is not None:
             keys, own = cut(self.numbers[row.batch]), row.segments[:, :, None]
             allowed = allowed & (own == keys[:, None, :]) & (own != 0)
         whole, live = (x.repeat(bk)[None, None] for x in (whole, live))
-        return ((allowed | whole) & live)[:, None, None]
+        allowed = ((allowed | whole) & live)[:, None, None]
+        # Without a barrier XLA evaluates the rule for each head, and several times.
+        return jax.lax.optimization_barrier(allowed)
 
 
 def forward(inputs: Inputs) -> Attended:
@@ -164,9 +172,9 @@ def forward(inputs: Inputs) -> Attended:
     steps = _Steps(inputs)
 
     def visit(carry: Any, each: Any) -> Any:
-        row, queries = each
+        row, queries = each[0], steps.scaled(each[1])
 
-        def step(ids: list[Array], allowed: Any, state: Any) -> Any:
+        def step(ids: Array, allowed: Any, state: Any) -> Any:
             top, total, out = state
             kv = steps.tiles(row, ids)
             logits, _ = steps.logits(allowed, queries, kv)
@@ -184,23 +192,25 @@ def forward(inputs: Inputs) -> Attended:
         top, total, out = steps.walk(row, step, alike(start, inputs, row))
         seen = total > 0
         lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)
-        return carry, (out / jnp.where(seen, total, 1)[..., None], lse[..., None])
+        out = out / jnp.where(seen, total, 1)[..., None]
+        return carry, (layout.flat(out), layout.flat(lse[..., None]))
 
     _, (out, lse) = jax.lax.scan(visit, (), (table(inputs), q_rows))
-    lse = layout.from_q_rows(lse, (*shape[:3], 1))[..., 0]
-    return Attended(layout.from_q_rows(out, shape), lse.mT)
+    out, lse = (layout.from_q_rows(x, shape) for x in (out, lse))
+    return Attended(out, lse[..., 0].mT)
 
 
 def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
     """Walk once more; rows of dQ, and dK, dV and the biases' gradient."""
     arrays = backward_rows(inputs, attended, cotangent)
-    steps = _Steps(inputs)
+    layout, steps = inputs.layout, _Steps(inputs)
     dtype = inputs.q.dtype
 
     def visit(carry: Any, each: Any) -> Any:
-        row, queries, dout, delta, lse = each
+        row, queries = each[0], steps.scaled(each[1])
+        dout, delta, lse = map(layout.tall, each[2:])
 
-        def step(ids: list[Array], allowed: Any, state: Any) -> Any:
+        def step(ids: Array, allowed: Any, state: Any) -> Any:
             dq, total = state
             kv = keys, values, biases = steps.tiles(row, ids)
             logits, slope = steps.logits(allowed, queries, kv)
@@ -217,9 +227,9 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
 
         start = alike(jnp.zeros(queries.shape), inputs, cotangent)
         dq, carry = steps.walk(row, step, (start, carry))
-        return carry, dq
+        return carry, layout.flat(dq * steps.scale)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), steps.kv)
+    zeros = jax.tree.map(lambda x: beside(jnp.zeros(x.shape)), steps.kv)
     zeros = alike(zeros, inputs, cotangent)
     dkv, dq = jax.lax.scan(visit, zeros, (table(inputs), *arrays))
-    return dq, *dkv
+    return dq, *jax.tree.map(beside, dkv)

@@ -44,8 +44,6 @@ def xla(
     if segments is not None:
         mask = restrict(mask, segments)
     mask = suited(mask)
-    if q.dtype == "float32":  # in less it would round
-        q, scale = q * scale, 1.0  # one pass over the queries, not over all logits
     bias = None if bias is None else bias.mT[..., None]
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
     q, k, v, bias = alike((q, k, v, bias), q, k, v, mask, segments, bias)
