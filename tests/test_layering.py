@@ -9,7 +9,7 @@ import pytest
 
 from tests.sources import PACKAGES, ROOT, Source, snippet, sources
 
-FLOOR = ("compat", "config", "partition", "tree", "typing")
+FLOOR = ("compat", "config", "late", "partition", "tree", "typing")
 FAMILIES = (
     "activation",
     "adapters",

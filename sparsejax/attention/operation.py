@@ -7,11 +7,10 @@ gives 0 and a log-denominator of -inf, and receives gradient 0.
 
 from sparsejax.attention.attended import Attended, Segments, join_sinks
 from sparsejax.attention.mask import BlockMask
-from sparsejax.attention.mosaic_gpu import mosaic_gpu, obstacle
-from sparsejax.attention.mosaic_tpu import mosaic_tpu
 from sparsejax.attention.reference import reference
 from sparsejax.attention.xla import xla
 from sparsejax.config import near
+from sparsejax.late import late
 from sparsejax.partition import platform
 from sparsejax.typing import Array, Float
 
@@ -25,9 +24,10 @@ __all__ = [
 IMPLEMENTATIONS = {
     "reference": reference,
     "xla": xla,
-    "mosaic_tpu": mosaic_tpu,
-    "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": late("sparsejax.attention.mosaic_tpu", "mosaic_tpu"),
+    "mosaic_gpu": late("sparsejax.attention.mosaic_gpu", "mosaic_gpu"),
 }
+obstacle = late("sparsejax.attention.mosaic_gpu", "obstacle")
 LISTS = frozenset({"reference", "xla"})  # take blocks of any size, a query each even
 
 

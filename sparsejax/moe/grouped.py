@@ -13,8 +13,7 @@ import numpy as np
 from jax.core import Tracer
 
 from sparsejax.config import near
-from sparsejax.moe.grouped_gpu import mosaic_gpu
-from sparsejax.moe.grouped_tpu import mosaic_tpu
+from sparsejax.late import late
 from sparsejax.moe.grouped_xla import xla
 from sparsejax.partition import platform
 from sparsejax.typing import Array, Float, Int
@@ -114,6 +113,6 @@ def _reference(x: Array, w: Array, group_sizes: Array) -> Array:
 IMPLEMENTATIONS: dict[str, Callable[[Array, Array, Array], Array]] = {
     "reference": _reference,
     "xla": xla,
-    "mosaic_tpu": mosaic_tpu,
-    "mosaic_gpu": mosaic_gpu,
+    "mosaic_tpu": late("sparsejax.moe.grouped_tpu", "mosaic_tpu"),
+    "mosaic_gpu": late("sparsejax.moe.grouped_gpu", "mosaic_gpu"),
 }
