@@ -6,6 +6,7 @@ import sys
 from sparsejax.config import near
 
 BENCHES = (
+    "aot",
     "attention",
     "attention_gpu",
     "comparison",

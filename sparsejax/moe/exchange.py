@@ -261,7 +261,8 @@ def exchange(
         settings = {n: getattr(how, n) for n in names if takes(how.name, n)}
         travel = EXCHANGES[how.name]
         visits = Visits(chosen, weights)
-        found = travel(dispatch, x, visits, experts, axis=axis, **settings)
+        with jax.named_scope("exchange"):  # tells its collectives from others
+            found = travel(dispatch, x, visits, experts, axis=axis, **settings)
     y = found.values
     if how.tensor_axis is not None:
         y = lax.psum(y, how.tensor_axis)

@@ -19,7 +19,7 @@ from sparsejax.moe.experts import GatedExperts, axes_of_experts, with_one_bias
 from sparsejax.moe.routers import Routing
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["Mixed", "mixed"]
+__all__ = ["Mixed", "buffer_rows", "mixed"]
 
 
 class Mixed(NamedTuple):
@@ -107,22 +107,28 @@ def _capacity(config: MoEConfig, tokens: int) -> int | None:
     )
 
 
+def buffer_rows(config: MoEConfig, *, tokens: int, devices: int) -> int | None:
+    """Give the rows of an exchange's buffers; None if they have room for everything.
+
+    ``all_to_all`` has a buffer for each pair of devices, the ragged one for each
+    receiver.
+    """
+    if config.exchange_factor is None or devices == 1:
+        return None
+    pairs = takes(config.exchange, "capacity")
+    slots = tokens * config.per_token * (1 if pairs else devices)
+    return rows_of(slots=slots, targets=devices, factor=config.exchange_factor)
+
+
 def _plan(config: MoEConfig, *, tokens: int, devices: int, total: int | None) -> _Plan:
     """Turn factors into rows, for a device with so many tokens."""
-    slots = tokens * config.per_token
-    rows = None
-    if config.exchange_factor is not None and devices > 1:
-        # all_to_all has a buffer for each pair, the ragged one for each receiver.
-        pairs = takes(config.exchange, "capacity")
-        slots = slots if pairs else slots * devices
-        rows = rows_of(slots=slots, targets=devices, factor=config.exchange_factor)
     arriving = tokens * devices
     own = _capacity(config, arriving) if total is None else None
     how = Exchange(
         name=config.exchange,
         expert_axis=partition.axis("expert"),
         tensor_axis=partition.axis("tensor"),
-        rows=rows,
+        rows=buffer_rows(config, tokens=tokens, devices=devices),
         capacity=own if devices > 1 else None,
         priority=config.capacity_priority,
     )

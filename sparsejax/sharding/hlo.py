@@ -1,5 +1,7 @@
 """Read compiled programs: how many bytes each kind of collective moves."""
 
+import functools
+import math
 import re
 from collections import Counter, defaultdict
 from typing import NamedTuple
@@ -16,6 +18,8 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "tf32": 32, "s4": 4, "u4": 4}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
 _OPERAND = re.compile(r"%?([\w.\-]+)")
@@ -25,48 +29,51 @@ _TRIPS = re.compile(r'known_trip_count[^}]*"n":"(\d+)"')
 _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
 
 
+Moved = dict[tuple[str, str], int]  # kind, and chain if it has one → bytes
+
+
 class _Computation(NamedTuple):
-    moved: Counter  # kind → bytes, of its own instructions
+    moved: Moved  # of its own instructions
     calls: list[tuple[str, int]]  # computation → how often
     constants: list[int]
 
 
-def _sizes(text: str) -> list[int]:
+def _bytes(dtype: str, shape: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    bits = BITS.get(dtype, int(digits[0]) if digits else 32)
+    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8
+
+
+def _sizes(text: str, *, scalars: bool = True) -> list[int]:
     """Give the bytes of each array in a result's type."""
-
-    def size(dtype: str, shape: str) -> int:
-        digits = re.search(r"\d+", dtype)
-        bits = BITS.get(dtype, int(digits[0]) if digits else 32)
-        count = 1
-        for extent in filter(None, shape.split(",")):
-            count *= int(extent)
-        return count * bits // 8
-
-    return [size(*array) for array in _ARRAY.findall(text)]
+    return [_bytes(*a) for a in _ARRAY.findall(text) if scalars or a[1]]
 
 
-def _moved(line: str, found: re.Match, sizes: dict[str, int]) -> int:
+def _moved(line: str, found: re.Match, types: dict[str, str]) -> int:
     """Give the bytes of a collective's result, or of its operand if that is ragged.
 
     One end of a ragged collective is the rows there are, the other the room for more.
     """
-    parts = _sizes(line[: found.start()].partition("=")[2])
-    # Several results are moved together; a start's results hold its operands too.
-    size = max(parts, default=0) if found[2] else sum(parts)
-    if found[1] != "ragged-all-to-all":
-        return size
-    operand = _OPERAND.match(line, found.end())
-    ends = parts[:2] if found[2] else [size, sizes.get(operand[1] if operand else "")]
-    return min(filter(None, ends), default=0)
+    kind, started = found.groups()
+    result = line[: found.start()].partition("=")[2]
+    if kind == "ragged-all-to-all":
+        operand = _OPERAND.match(line, found.end())
+        ends = _sizes(result)[:2] if started else _sizes(result)
+        if operand and not started:
+            ends.append(sum(_sizes(types.get(operand[1], ""))))
+        return min(filter(None, ends), default=0)
+    # Several results are moved together; a start gives its operands before them.
+    parts = _sizes(result, scalars=not started)
+    return sum(parts[len(parts) // 2 :] if started and kind != "all-reduce" else parts)
 
 
-def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
+def _parse(text: str, scope: str) -> tuple[str, dict[str, _Computation]]:
     computations: dict[str, _Computation] = defaultdict(
-        lambda: _Computation(Counter(), [], [])
+        lambda: _Computation({}, [], [])
     )
     entry = name = ""
     trips: list[tuple[str, str, str, str]] = []
-    sizes: dict[str, int] = {}
+    types: dict[str, str] = {}
     for line in text.splitlines():
         opening = _COMPUTATION.match(line)
         if opening:
@@ -81,10 +88,13 @@ def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
             continue
         named = _NAME.match(line)
         if named:
-            sizes[named[1]] = sum(_sizes(line[named.end() :].partition("(")[0]))
+            types[named[1]] = line[named.end() :].partition("(")[0]
         found = _COLLECTIVE.search(line)
-        if found:
-            here.moved[found[1]] += _moved(line, found, sizes)
+        source = _SOURCE.search(line)
+        if found and scope in (source[1] if source else ""):
+            chain = _CHAIN.search(line)
+            which = found[1], chain[1] if chain else ""
+            _add(here.moved, which, _moved(line, found, types))
         here.calls.extend((callee, 1) for callee in _CALLED.findall(line))
     for caller, condition, body, line in trips:
         known = _TRIPS.search(line)
@@ -94,24 +104,36 @@ def _parse(text: str) -> tuple[str, dict[str, _Computation]]:
     return entry, computations
 
 
-def collective_bytes(text: str) -> dict[str, int]:
+def _add(moved: Moved, which: tuple[str, str], size: int) -> None:
+    """Add what was moved, unless it is another part of the same chain."""
+    before = moved.get(which, 0)
+    moved[which] = max(before, size) if which[1] else before + size
+
+
+def collective_bytes(text: str, scope: str = "") -> dict[str, int]:
     """Sum, by kind, the bytes of collectives' results on one chip in one execution.
 
     A ragged collective counts the smaller of its operand and its result. Loops count as
-    often as they run; a loop whose bound is not a constant counts once.
+    often as they run; a loop whose bound is not a constant counts once. What a TPU does
+    in parts, each fused with some other work, is one chain and counts once.
 
     Args:
         text: of a compiled module, ``compiled.as_text()``.
+        scope: counts only what was traced under this ``jax.named_scope``.
     """
-    entry, computations = _parse(text)
+    entry, computations = _parse(text, scope)
 
-    def total(name: str) -> Counter:
+    @functools.cache
+    def total(name: str) -> Moved:
         here = computations[name]
-        moved = Counter(here.moved)
+        moved = dict(here.moved)
         for callee, count in here.calls:
             if callee in computations:
-                for kind, size in total(callee).items():
-                    moved[kind] += count * size
+                for which, size in total(callee).items():
+                    _add(moved, which, count * size)
         return moved
 
-    return dict(total(entry))
+    found: Counter = Counter()
+    for (kind, _), size in total(entry).items():
+        found[kind] += size
+    return dict(found)

@@ -2,13 +2,17 @@
 
 import math
 import sys
+import time
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.data import Batch, ByteTokenizer
+from sparsejax.moe import MoEConfig
+from sparsejax.moe.traffic import traffic_of
 from sparsejax.nn.cost import cost
 from sparsejax.partition import BATCH
 from sparsejax.sharding.hlo import collective_bytes
@@ -31,6 +35,9 @@ class Judgement(NamedTuple):
     flops: float  # that the compiler counts; a loop's body may count once
     useful_flops: float  # of a chip's share of the step
     collectives: dict[str, int]
+    exchange: dict[str, int]  # those of the experts' exchange, as compiled
+    expected: dict[str, int]  # and as they follow from its shapes
+    seconds: float  # that compiling took
 
     @property
     def fits(self) -> bool:
@@ -69,15 +76,45 @@ def judge(config: Config, target: Target) -> Judgement:
         shape = config.data.batch_size, config.data.seq_len + 1
         batch = jax.eval_shape(lambda: Batch(*[np.empty(shape, np.int32)] * 3))
         _, train, _ = compiled(step, cut, rows, whole)
+        start = time.perf_counter()
         lowered = train.trace(abstract, batch).lower(
             lowering_platforms=(target.platform,)
         )
         executable = lowered.compile()
-    return _judgement(config, target, abstract, cut, executable)
+        seconds = time.perf_counter() - start
+    return _judgement(config, target, mesh, abstract, cut, executable, seconds)
+
+
+def exchange_of(config: Config, mesh: Mesh) -> dict[str, int]:
+    """Count, by kind, the bytes that tokens make between experts' chips in a step."""
+    model, steps = config.model, config.optim.accumulate
+    parts = [mesh.shape[name] for name in (*BATCH, "context")]
+    tokens = config.data.batch_size * config.data.seq_len // math.prod(parts) // steps
+    found: Counter = Counter()
+    for index in range(model.depth):
+        layer = model.layer(index).feed_forward
+        if isinstance(layer, MoEConfig):
+            found += Counter(
+                traffic_of(
+                    layer,
+                    tokens=tokens,
+                    width=model.width,
+                    devices=mesh.shape["expert"],
+                    dtype=model.dtype,
+                    remat=model.remat != "none",
+                )
+            )
+    return {kind: size * steps for kind, size in found.items()}
 
 
 def _judgement(
-    config: Config, target: Target, abstract: State, cut: State, executable: Any
+    config: Config,
+    target: Target,
+    mesh: Mesh,
+    abstract: State,
+    cut: State,
+    executable: Any,
+    seconds: float,
 ) -> Judgement:
     memory = executable.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -85,6 +122,7 @@ def _judgement(
     tokens = config.data.batch_size * config.data.seq_len / len(target.devices)
     counted = cost(config.model, abstract.params, length=config.data.seq_len)
     analysis = executable.cost_analysis() or {}
+    text = executable.as_text()
     return Judgement(
         chips=len(target.devices),
         parameters=_share(abstract.params, cut.params),
@@ -94,7 +132,10 @@ def _judgement(
         memory=target.memory,
         flops=analysis.get("flops", float("nan")),
         useful_flops=counted.useful_flops * tokens,
-        collectives=collective_bytes(executable.as_text()),
+        collectives=collective_bytes(text),
+        exchange=collective_bytes(text, "exchange"),
+        expected=exchange_of(config, mesh),
+        seconds=seconds,
     )
 
 
@@ -114,7 +155,12 @@ def text_of(name: str, found: Judgement) -> str:
     ]
     for kind, size in sorted(found.collectives.items()):
         lines.append(f"  {kind:<17}{size / gib:10.3f} GiB a step")
-    lines.append(f"verdict: {verdict}")
+    lines += [
+        f"  of them, exchange: {kind} {found.exchange.get(kind, 0) / gib:.3f} GiB,"
+        f" by its shapes {size / gib:.3f} GiB"
+        for kind, size in sorted(found.expected.items())
+    ]
+    lines += [f"compiled in {found.seconds:.0f} s", f"verdict: {verdict}"]
     return "\n".join(lines)
 
 

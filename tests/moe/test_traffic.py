@@ -9,8 +9,9 @@ import pytest
 
 from sparsejax.moe import ragged
 from sparsejax.moe.capacity import rows_of
+from sparsejax.moe.config import MoEConfig
 from sparsejax.moe.exchange import EXCHANGES
-from sparsejax.moe.traffic import COUNTS, exchange_bytes
+from sparsejax.moe.traffic import COUNTS, exchange_bytes, traffic_of
 from sparsejax.sharding.hlo import collective_bytes
 from tests.moe.exchange_programs import (
     MESHES,
@@ -40,7 +41,7 @@ def compiled_bytes(exchange, **settings):
 
 
 def total(traffic, kind):
-    return sum(part.get(kind, 0) for part in traffic)
+    return sum(part.get(kind, 0) for part in (traffic.forward, traffic.backward))
 
 
 def test_there_is_a_count_for_every_exchange():
@@ -78,3 +79,17 @@ def test_ragged_all_to_all_moves_each_row_once(monkeypatch):
         lowered = run.trace(*operands()).lower(lowering_platforms=("tpu",))
     counted = exchange_bytes("ragged_all_to_all", **SHAPE)
     assert sent_bytes(lowered.as_text()) == total(counted, "ragged-all-to-all")
+
+
+def test_a_step_counts_its_rounds_and_what_is_computed_again():
+    layer = {"experts": 8, "per_token": K, "hidden": 6, "exchange": "ring"}
+    step = {"tokens": 16, "width": WIDTH, "devices": DEVICES, "dtype": "float32"}
+    once = traffic_of(MoEConfig(**layer), **step, remat=False)
+    again = traffic_of(MoEConfig(**layer, hops=2), **step, remat=True)
+    parts = exchange_bytes("ring", **SHAPE | {"tokens": 16})
+    gathered, summed = (total(parts, k) for k in ("all-gather", "reduce-scatter"))
+    assert once == {"all-gather": gathered, "reduce-scatter": summed}
+    gathered += parts.forward["all-gather"]
+    assert again == {"all-gather": 2 * gathered, "reduce-scatter": 2 * summed}
+    alone = traffic_of(MoEConfig(**layer), **step | {"devices": 1}, remat=False)
+    assert alone == {}

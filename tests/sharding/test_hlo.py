@@ -67,3 +67,56 @@ def test_a_started_ragged_collective_counts_the_smaller_of_its_two_ends():
   %end = bf16[16,8] ragged-all-to-all-done(%go)
 }"""
     assert collective_bytes(text) == {"ragged-all-to-all": 16 * 8 * 2}
+
+
+# As TPUs write it: a loop's bound is in its condition alone, and a gather that runs
+# beside other work stands in each of its parts, in one chain.
+IN_PARTS = """HloModule m
+%start (p: bf16[4]) -> bf16[16] {
+  ROOT %a = bf16[16] all-gather(%p), {chain_id="7"}, metadata={op_name="exchange/g"}
+}
+%rest (p: bf16[4]) -> bf16[16] {
+  ROOT %b = bf16[16] all-gather(%p), {chain_id="7"}, metadata={op_name="exchange/g"}
+}
+%inner (s: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %x = bf16[16] fusion(%p), kind=kCustom, calls=%start
+  %y = bf16[16] fusion(%x), kind=kCustom, calls=%rest
+  %z = f32[8] all-reduce(%q), channel_id=8, to_apply=%add
+}
+%bound (s: (s32[], bf16[4])) -> pred[] {
+  %c = s32[]{:T(128)} constant(5)
+  ROOT %l = pred[] compare(%i, %c), direction=LT
+}
+%outer (s: (s32[], bf16[4])) -> (s32[], bf16[4]) {
+  %w = (s32[], bf16[4]) while(%s), condition=%bound, body=%inner
+}
+ENTRY %main (p: bf16[4]) -> bf16[4] {
+  %w = (s32[], bf16[4]) while(%t), condition=%bound.2, body=%outer,\
+ backend_config={"known_trip_count":{"n":"3"}}
+}"""
+
+
+def test_loops_in_loops_multiply_and_the_parts_of_a_collective_are_one():
+    assert collective_bytes(IN_PARTS) == {
+        "all-gather": 3 * 5 * 32,
+        "all-reduce": 3 * 5 * 32,
+    }
+
+
+def test_a_scope_counts_what_was_traced_in_it():
+    assert collective_bytes(IN_PARTS, "exchange") == {"all-gather": 3 * 5 * 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "moved"),
+    [
+        ("all-gather", "((bf16[4], f32[2]), (bf16[16], f32[8]))", 16 * 2 + 8 * 4),
+        ("all-reduce", "(bf16[16], f32[8])", 16 * 2 + 8 * 4),
+        ("collective-permute", "(bf16[16], bf16[16], u32[], u32[])", 16 * 2),
+    ],
+)
+def test_a_start_of_several_counts_each_result_and_no_operand(kind, result, moved):
+    text = f"""ENTRY %main (x: bf16[4]) -> bf16[4] {{
+  %go = {result} {kind}-start(%x, %y), channel_id=1
+}}"""
+    assert collective_bytes(text) == {kind: moved}
