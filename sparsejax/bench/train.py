@@ -165,7 +165,7 @@ def loop_over_bare(config: Config, *, steps: int, rounds: int) -> Comparison:
     config = dataclasses.replace(config, train=train)
     with tempfile.TemporaryDirectory() as folder, _one_device() as mesh:
         with contextlib.redirect_stderr(io.StringIO()):  # its speeds count our pauses
-            loop = _Loop(Trainer(config, mesh), Path(folder), Process(0, 1), None)
+            loop = _Loop(Trainer(config, mesh), Path(folder), Process(0, 1))
         try:
             state = loop.start()
             turns = Turns(config, state.params, steps=steps, rounds=rounds)

@@ -78,9 +78,10 @@ class Trainer:
         )
         tokenizer = self.data.tokenizer
         self.step = Step(config, tokenizer.vocab_size, tokenizer.token_bytes)
-        self.key = jax.random.key(config.seed)
-        abstract = jax.eval_shape(self.step.init, self.key)
+        # Traced, like the model itself: nothing compiles before all checks are done.
+        abstract = jax.eval_shape(lambda: self.step.init(jax.random.key(config.seed)))
         check_divisible(abstract.params, mesh)
+        self.key = jax.random.key(config.seed)
         self.shardings = shardings(abstract, mesh)
         self.abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -143,7 +144,11 @@ class _Loop:
     """One run from where its workdir stands to its last step."""
 
     def __init__(
-        self, trainer: Trainer, workdir: Path, process: Process, profile: str | None
+        self,
+        trainer: Trainer,
+        workdir: Path,
+        process: Process,
+        profiler: Profiler | None = None,
     ) -> None:
         self.trainer, self.workdir, self.process = trainer, workdir, process
         self.config = trainer.config
@@ -155,7 +160,7 @@ class _Loop:
             keep_best=every.keep_best,
             report=self.progress.report,
         )
-        self.profiler = Profiler(profile, workdir / "profile")
+        self.profiler = profiler or Profiler(None, workdir)
         self.last_scores: dict[str, float] = {}
         self.began = time.monotonic()
 
@@ -276,6 +281,7 @@ def train(
         NonFiniteError: if the loss or a norm stopped being finite.
     """
     process = process or Process(jax.process_index(), jax.process_count())
+    profiler = Profiler(profile, Path(workdir) / "profile")
     mesh = make_mesh(config.mesh)
     home = open_workdir(
         workdir,
@@ -285,7 +291,7 @@ def train(
         active=process.index == 0,
     )
     with home, jax.set_mesh(mesh), disk_guard(home.path), _stop_signal() as stopping:
-        loop = _Loop(Trainer(config, mesh), home.path, process, profile)
+        loop = _Loop(Trainer(config, mesh), home.path, process, profiler)
         try:
             state, finished = loop.run(loop.start(), stopping)
             loop.checkpoints.wait()

@@ -97,7 +97,7 @@ class Step:
         self.config = config
         self.vocabulary = vocabulary
         self.token_bytes = np.asarray(token_bytes, np.int32)
-        model = nnx.eval_shape(self._model, jax.random.key(0))
+        model = nnx.eval_shape(lambda: self._model(jax.random.key(0)))
         self.graph, self.params, self.variables = nnx.split(model, nnx.Param, ...)
         steps = config.train.steps
         self.schedule = make_schedule(config.optim, steps)

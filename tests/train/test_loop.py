@@ -208,5 +208,5 @@ def test_a_loop_closes_even_if_it_never_started(config, tmp_path):
     mesh = toy.make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
-        loop = _Loop(trainer, tmp_path, toy.ALONE, None)
+        loop = _Loop(trainer, tmp_path, toy.ALONE)
         loop.close()

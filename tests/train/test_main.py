@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from sparsejax.config import to_dict
@@ -10,6 +11,15 @@ from sparsejax.train.main import main, parse
 
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs" / "quickstart.py")
+
+
+COMPILED = []  # the programs that this process has compiled
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def hear(event, seconds, **_):
+    if event.endswith("backend_compile_duration"):
+        COMPILED.append(seconds)
 
 
 def run(capsys, *flags):
@@ -46,11 +56,21 @@ def run(capsys, *flags):
         ("--processes=2", "coordinator"),
     ],
 )
-def test_a_mistake_is_one_line_that_names_it(capsys, tmp_path, flag, message):
+def test_a_mistake_is_one_line_before_the_first_compile(
+    capsys, tmp_path, flag, message
+):
+    before = len(COMPILED)
     status, line = run(capsys, f"--workdir={tmp_path}", flag)
     assert status == 2
     assert line.startswith("error: ")
     assert message in line
+    assert len(COMPILED) == before
+
+
+def test_a_compile_would_be_heard():
+    before = len(COMPILED)
+    jax.jit(lambda x: x + before)(1.0)
+    assert len(COMPILED) == before + 1
 
 
 def test_a_config_that_is_not_there_is_named(capsys):
