@@ -20,9 +20,12 @@ ARGS ?=
 JOBS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
 
-# What changes most between lines of Python and JAX.
+# What changes most between lines of Python and JAX: config files, kernels and what
+# stands in for them, meshes, the step.
 COMPAT ?= tests/test_config.py tests/test_tree.py tests/test_partition.py \
-  tests/sharding tests/pallas_kernels $(wildcard tests/attention/test_*.py)
+  tests/sharding tests/pallas_kernels tests/moe/test_grouped_kernels.py \
+  $(addprefix tests/attention/test_,operation.py mosaic_tpu.py mosaic_gpu.py layer.py) \
+  tests/train/test_step.py
 
 # $(call in,LEVEL) puts the environment's programs first; a failed set-up ends the recipe.
 in = set -e; python=$$(PYTHON='$(PYTHON)' .ci/environment $(1)); bin=$$(dirname $$python)
