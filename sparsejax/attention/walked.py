@@ -35,13 +35,14 @@ __all__ = ["backward", "forward", "strides"]
 TILE = 2**19  # logits of a step: as many as stay near the core
 MOST = 8  # blocks of a step
 OVERHEAD = 0.7  # of a step, in blocks of 128 x 128 with four heads
-RULED = 1.5  # what a block with a rule costs, in blocks without
+RULED = 1.1  # what a block with a rule costs, in blocks without
 
 
 def strides(mask: BlockMask, shape: tuple[int, ...]) -> tuple[int, int]:
     """Choose how many blocks a step takes: of full ones, and of those left over.
 
-    Few steps are good, and so are few places for nothing.
+    Few steps are good, and so are few places for nothing. Where the second number
+    holds a whole list, there is but one step, and no loop.
 
     Args:
         mask: whose lists are walked; unless they are numpy's, the choice is a guess.
@@ -58,10 +59,13 @@ def strides(mask: BlockMask, shape: tuple[int, ...]) -> tuple[int, int]:
     overhead = OVERHEAD * 2**16 / (rows * mask.block_kv)
 
     def cost(pair: tuple[int, int]) -> float:
-        steps = full // pair[0]
-        rest = -(-(count - steps * pair[0]) // pair[1])
-        ruled = RULED * pair[1] + overhead
-        return float(alike_rows @ (steps * (pair[0] + overhead) + rest * ruled))
+        wide, narrow = pair
+        if narrow >= mask.ids.shape[-1]:
+            return RULED * narrow * float(alike_rows.sum())  # two rows hide the rest
+        steps = full // wide
+        rest = -(-(count - steps * wide) // narrow)
+        ruled = RULED * narrow + overhead
+        return float(alike_rows @ (steps * (wide + overhead) + rest * ruled))
 
     return min(itertools.product(choices, choices), key=cost)
 
@@ -71,6 +75,7 @@ class _Steps:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs, self.numbers = inputs, key_segments(inputs)
+        self.single = inputs.mask.ids.shape[-1] <= inputs.strides[1]
         # On the queries it is one pass over few numbers, but in less it would round.
         exact, score = inputs.q.dtype == "float32", inputs.score
         self.scale = score.scale if exact else 1.0
@@ -84,19 +89,21 @@ class _Steps:
     def walk(self, row: Row, step: Any, state: Any) -> Any:
         """Take all steps of a row: ``step(blocks, what they let be seen, state)``."""
         wide, narrow = self.inputs.strides
-        steps = row.full // wide
+        steps = 0 if self.single else row.full // wide
         done = steps * wide
 
         def plain(n: Array, state: Any) -> Any:
             ids = jax.lax.dynamic_slice_in_dim(row.ids, n * wide, wide)
             return step(ids, None, state)
 
-        def ruled(n: Array, state: Any) -> Any:
+        def ruled(n: Array | int, state: Any) -> Any:
             place = done + n * narrow + jnp.arange(narrow, dtype="int32")
             # After the end the last block comes again, hidden.
             ids = row.ids[jnp.minimum(place, row.count - 1)]
             return step(ids, self.visible(row, place, ids), state)
 
+        if self.single:
+            return ruled(0, state)
         state = jax.lax.fori_loop(0, steps, plain, state)
         return jax.lax.fori_loop(0, -(-(row.count - done) // narrow), ruled, state)
 
@@ -195,7 +202,8 @@ def forward(inputs: Inputs) -> Attended:
         out = out / jnp.where(seen, total, 1)[..., None]
         return carry, (layout.flat(out), layout.flat(lse[..., None]))
 
-    _, (out, lse) = jax.lax.scan(visit, (), (table(inputs), q_rows))
+    pace = 2 if steps.single else 1  # two rows at a time keep more cores busy
+    _, (out, lse) = jax.lax.scan(visit, (), (table(inputs), q_rows), unroll=pace)
     out, lse = (layout.from_q_rows(x, shape) for x in (out, lse))
     return Attended(out, lse[..., 0].mT)
 

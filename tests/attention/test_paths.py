@@ -62,9 +62,13 @@ def test_a_query_that_reads_few_blocks_fetches_them():
 
 
 @pytest.mark.parametrize("jitted", [False, True])
-def test_a_window_is_walked_in_one_step_without_a_rule_and_one_with(jitted):
+@pytest.mark.parametrize(
+    ("window", "steps"),  # blocks of a step
+    [(512, {5}), (1024, {7, 2})],  # 3 full and 2 partial: at once; 7 full: in a loop
+)
+def test_a_short_list_is_walked_at_once_and_a_long_one_in_steps(window, steps, jitted):
     sizes = {"q_len": 4096, "kv_len": 4096, "block_q": 128, "block_kv": 128}
-    mask = BlockMask.from_pattern(sliding_window(512), **sizes)  # 3 full, 2 partial
+    mask = BlockMask.from_pattern(sliding_window(window), **sizes)
     x = jax.ShapeDtypeStruct((1, 4096, 4, 64), "float32")
 
     def attend(q, k, v):
@@ -72,6 +76,7 @@ def test_a_window_is_walked_in_one_step_without_a_rule_and_one_with(jitted):
 
     attend = jax.jit(attend) if jitted else attend
     program = str(jax.make_jaxpr(attend)(x, x, x))
-    assert "f32[1,4,128,384]" in program  # logits of three blocks
-    assert "f32[1,4,128,256]" in program
-    assert "f32[1,4,128,512]" not in program
+    logits = {
+        blocks for blocks in range(1, 9) if f"f32[1,4,128,{128 * blocks}]" in program
+    }
+    assert logits == steps
