@@ -5,6 +5,9 @@
 Judge it without the hardware first:
 
     python train.py --config=configs/dense_1b.py --aot=tpu:v5e:16x16
+    python train.py --config=configs/dense_1b.py --aot=gpu:h200
+
+One H200 takes the batch in parts: --config.optim.accumulate=64.
 """
 
 from ml_collections import ConfigDict
@@ -22,8 +25,8 @@ def get_config() -> ConfigDict:
     config.model.attention.update(block_q=512, block_kv=512)
     config.model.ffn.hidden = 5632
     config.optim.update(learning_rate=3e-4, warmup=2000)
-    config.mesh.update(data=-1, fsdp=16)
+    config.mesh.update(data=1, fsdp=-1)
     config.train.update(
-        steps=50_000, log_every=50, eval_every=1000, save_every=1000, loss_chunk=512
+        steps=50_000, log_every=50, eval_every=1000, save_every=1000, loss_chunk=2048
     )
     return config

@@ -13,7 +13,7 @@ from configs import dense_1b
 
 
 def get_config() -> ConfigDict:
-    """Eight of 64 experts a token, experts over 16 chips, windows but every fourth.
+    """Eight of 64 experts a token, experts over 16 chips, windows in every layer.
 
     A chip has room for twice the visits of a balanced load; metrics count what is lost.
     """
@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 1024
     config.model.depth = 24
     config.model.attention.update(
-        pattern="streaming_llm", arguments={"sinks": 4, "window": 1024}, dense_every=4
+        pattern="streaming_llm", arguments={"sinks": 4, "window": 1024}
     )
     config.model.ffn = {
         "kind": "moe",

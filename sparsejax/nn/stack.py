@@ -23,8 +23,12 @@ def remat(body: Callable[..., Any], name: str) -> Callable[..., Any]:
     """Apply the policy ``name`` to the body of a scan; ``none`` keeps everything."""
     if name not in POLICIES:
         return body
-    # The scan keeps XLA from merging the two passes, so no barrier is needed.
-    return jax.checkpoint(body, policy=POLICIES[name], prevent_cse=False)
+    # The scan keeps XLA from merging the two passes, so no barrier is needed. Twice,
+    # because differentiating opens the outer one, and a scan moves the constants of an
+    # open body, hundreds of them under a mesh, out of its loop. Nothing is done twice.
+    for _ in range(2):
+        body = jax.checkpoint(body, policy=POLICIES[name], prevent_cse=False)
+    return body
 
 
 def _stacked(spec: Any, config: ModelConfig, keys: Array) -> Block:
