@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from sparsejax.typing import Array, Float, Int
 
@@ -14,6 +15,10 @@ class Attended(NamedTuple):
 
     values: Float[Array, "b t h c"]
     lse: Float[Array, "b h t"]  # -inf, with values 0, where nothing is visible
+
+    def named(self) -> "Attended":
+        """The same, by the name under which rematerialisation may keep it."""
+        return Attended(*(checkpoint_name(x, "attended") for x in self))
 
 
 class Segments(NamedTuple):

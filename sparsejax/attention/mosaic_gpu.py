@@ -256,7 +256,7 @@ def _forward(q, k, v, bias, mask, segments, score: gpu.Score) -> Attended:
     lse = layout.unfolded(lse.mT[..., None], 1)[..., 0].mT
     attended = Attended(layout.unfolded(values, q.shape[3]), lse / LOG2E)
     # Kernels do not say over which mesh axes their results vary.
-    return alike(attended, q, k, v, bias, mask, segments)
+    return alike(attended, q, k, v, bias, mask, segments).named()
 
 
 def _merged(values: Array, lse: Array, splits: int) -> tuple[Array, Array]:

@@ -199,7 +199,7 @@ def _forward(q, k, v, bias, mask, segments, plan: Plan):
     tensors = _operands(q, k, v, bias, mask, segments, plan)
     values, lse = _run(forward.forward, _rows(mask, plan), tensors, mask, plan)
     lse = plan.from_queries(lse.mT, (*q.shape[:3], 1))[..., 0].mT
-    attended = Attended(plan.from_queries(values, q.shape), lse)
+    attended = Attended(plan.from_queries(values, q.shape), lse).named()
     return attended, (q, k, v, bias, mask, segments, attended)
 
 

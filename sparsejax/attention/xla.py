@@ -82,7 +82,7 @@ def _attend(q, k, v, bias, where, static) -> Attended:
 def _attend_forward(q, k, v, bias, where, static):
     arrays = q, k, v, bias, *where
     inputs = Inputs(*arrays, *static)
-    attended = path(inputs.mask)[0](inputs)
+    attended = path(inputs.mask)[0](inputs).named()
     return attended, (arrays, attended)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from sparsejax.memory.sharded import per_token
 from sparsejax.typing import Array, Float, Int
@@ -55,6 +56,7 @@ def product_key_top_k(
     )
     halves = jax.lax.stop_gradient((rows, columns))
     ids = per_token(partial(_best_pairs, k=k), *halves)
+    ids = checkpoint_name(ids, "looked_up")  # few bytes, and a search to compute
     i, j = jnp.divmod(ids, keys.shape[2])
     scores = jnp.take_along_axis(rows, i, -1) + jnp.take_along_axis(columns, j, -1)
     return Hits(ids, scores)

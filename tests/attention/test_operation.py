@@ -370,6 +370,23 @@ def _sizes(jaxpr):
                 yield from _sizes(found)
 
 
+def test_what_rematerialisation_keeps_is_not_computed_again(key):
+    q, k, v = arrays(key)
+    mask = MASKS["causal"]()
+
+    def exponentials(policy):
+        def loss(q):
+            return block_sparse_attention(q, k, v, mask, implementation="xla").sum()
+
+        both = jax.value_and_grad(jax.checkpoint(loss, policy=policy))
+        return jax.jit(both).lower(q).as_text().count("exponential")
+
+    policies = jax.checkpoint_policies
+    kept = exponentials(policies.save_only_these_names("attended"))
+    assert kept == exponentials(policies.everything_saveable)
+    assert kept < exponentials(policies.nothing_saveable)
+
+
 def test_mapping_over_examples_equals_a_batch(key):
     q, k, v = arrays(key)
     mask = MASKS["heads"]()

@@ -168,3 +168,19 @@ def test_lookup_names_what_it_cannot_find(queries, keys, k, message):
 def test_keys_of_another_shape_are_refused(keys):
     with pytest.raises((ValueError, TypeError), match="keys"):
         product_key_top_k(jnp.zeros((3, 2, 4)), jnp.zeros(keys), k=1)
+
+
+def test_what_rematerialisation_keeps_is_not_searched_again():
+    queries = jax.random.normal(jax.random.key(0), (6, 2, 8))
+    keys = jax.random.normal(jax.random.key(1), (2, 2, 8, 4))
+
+    def searches(policy):
+        def total(queries):
+            return product_key_top_k(queries, keys, k=4).scores.sum()
+
+        gradient = jax.grad(jax.checkpoint(total, policy=policy))
+        return str(jax.make_jaxpr(gradient)(queries)).count("top_k")
+
+    policies = jax.checkpoint_policies
+    assert searches(policies.save_only_these_names("looked_up")) == 2
+    assert searches(policies.nothing_saveable) == 4
