@@ -36,6 +36,7 @@ ALPHABET = {
     "k": "chosen per token",
     "q": "slots per expert",
     "m": "memory slots",
+    "u": "memory slots that are touched",
     "r": "sub-keys per half of a product key",
     "v": "vocabulary",
     "l": "layers",

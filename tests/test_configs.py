@@ -67,7 +67,7 @@ def toy_size(values):
     model["ffn"]["hidden"] = 16
     if model["ffn"]["kind"] == "moe":
         model["ffn"]["experts"] = min(model["ffn"]["experts"], 8)
-    if model.get("memory"):
+    if "sub_keys" in (model.get("memory") or ()):
         model["memory"] |= {"sub_keys": 8, "per_head": 4, "key_width": 8}
     if values.get("masked"):
         values["masked"] |= {"begin": 1, "end": 2, "every": 1}

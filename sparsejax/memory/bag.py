@@ -5,6 +5,9 @@ other's gradient. Neither holds more than a tile of tokens times ``k`` rows, for
 backward, and under a mesh no device holds more than its piece of the table. Products
 accumulate in float32; a row that occurs twice counts twice; rows that no id names get a
 gradient of exactly zero. Ids outside ``[0, m)`` read NaN.
+
+In the place of the table's array there may be a ``Table``: read alike, its gradient
+leaves as rows, never as an array of the table's shape.
 """
 
 from collections.abc import Callable
@@ -14,13 +17,16 @@ import jax
 import jax.numpy as jnp
 
 from sparsejax.memory.sharded import add_rows, multiply_rows, sum_rows
+from sparsejax.memory.table import Table
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["embedding_bag", "row_products"]
 
 
 def embedding_bag(
-    table: Float[Array, "m d"], ids: Int[Array, "n k"], weights: Float[Array, "n k"]
+    table: Float[Array, "m d"] | Table,
+    ids: Int[Array, "n k"],
+    weights: Float[Array, "n k"],
 ) -> Float[Array, "n d"]:
     """Sum the rows ``ids`` of the table, weighted: ``y_n = sum_k w_nk table[id_nk]``.
 
@@ -38,7 +44,9 @@ def embedding_bag(
 
 
 def row_products(
-    table: Float[Array, "m d"], ids: Int[Array, "n k"], x: Float[Array, "n d"]
+    table: Float[Array, "m d"] | Table,
+    ids: Int[Array, "n k"],
+    x: Float[Array, "n d"],
 ) -> Float[Array, "n k"]:
     """Multiply every token with its rows: ``y_nk = table[id_nk] . x_n``.
 
@@ -55,21 +63,30 @@ def row_products(
     return _products(table, ids, x)
 
 
-def _exists(table: Array, ids: Array) -> Array:
+def _exists(table: Array | Table, ids: Array) -> Array:
     return (ids >= 0) & (ids < table.shape[0])
 
 
-def _sum(table: Array, ids: Array, weights: Array) -> Array:
+def _sum(table: Array | Table, ids: Array, weights: Array) -> Array:
     weights = jnp.where(_exists(table, ids), weights, jnp.nan)
-    return sum_rows(table, ids, weights).astype(table.dtype)
+    if isinstance(table, Table):
+        y = table.scaled(sum_rows(table.rows, ids, weights, table.layer))
+    else:
+        y = sum_rows(table, ids, weights)
+    return y.astype(table.dtype)
 
 
-def _multiply(table: Array, ids: Array, x: Array) -> Array:
-    y = multiply_rows(table, ids, x)
+def _multiply(table: Array | Table, ids: Array, x: Array) -> Array:
+    if isinstance(table, Table):
+        y = table.scaled(multiply_rows(table.rows, ids, x, table.layer))
+    else:
+        y = multiply_rows(table, ids, x)
     return jnp.where(_exists(table, ids), y, jnp.nan).astype(x.dtype)
 
 
-def _add(table: Array, ids: Array, weights: Array, x: Array) -> Array:
+def _add(table: Array | Table, ids: Array, weights: Array, x: Array) -> Array | Table:
+    if isinstance(table, Table):
+        return table.receive(ids, weights, x)
     return add_rows(ids, weights, x, slots=table.shape[0]).astype(table.dtype)
 
 
@@ -81,13 +98,13 @@ def _forward(function: Callable[..., Array]) -> Callable[..., Any]:
     return lambda *operands: (function(*operands), operands)
 
 
-def _bag_backward(operands: tuple[Array, Array, Array], y_bar: Array) -> Any:
+def _bag_backward(operands: tuple[Any, Array, Array], y_bar: Array) -> Any:
     table, ids, weights = operands
     weights_bar = _multiply(table, ids, y_bar).astype(weights.dtype)
     return _add(table, ids, weights, y_bar), None, weights_bar
 
 
-def _products_backward(operands: tuple[Array, Array, Array], y_bar: Array) -> Any:
+def _products_backward(operands: tuple[Any, Array, Array], y_bar: Array) -> Any:
     table, ids, x = operands
     x_bar = _sum(table, ids, y_bar).astype(x.dtype)
     return _add(table, ids, y_bar, x), None, x_bar

@@ -38,6 +38,11 @@ class MemoryConfig:
         """Rows of the value table."""
         return self.sub_keys**2
 
+    @property
+    def reads(self) -> int:
+        """Rows that a token reads."""
+        return self.heads * self.per_head
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlusConfig:
@@ -61,6 +66,11 @@ class MemoryPlusConfig:
         """Rows of the pool."""
         return self.sub_keys**2
 
+    @property
+    def reads(self) -> int:
+        """Rows that a token reads in one layer."""
+        return self.heads * self.per_head
+
 
 @dataclass(frozen=True, kw_only=True)
 class PEERConfig:
@@ -82,6 +92,11 @@ class PEERConfig:
     def slots(self) -> int:
         """Number of experts."""
         return self.sub_keys**2
+
+    @property
+    def reads(self) -> int:
+        """Experts that a token runs: a row of two tables each."""
+        return self.heads * self.per_head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +129,11 @@ class FastFeedForwardConfig:
     def slots(self) -> int:
         """Neurons of all leaves."""
         return self.leaves * self.leaf_width
+
+    @property
+    def reads(self) -> int | None:
+        """Neurons that a token runs; None if it runs all."""
+        return {"hard": self.leaf_width}.get(self.path)
 
 
 Lookup = MemoryConfig | MemoryPlusConfig | PEERConfig

@@ -15,6 +15,7 @@ from flax import nnx
 from sparsejax.memory.bag import embedding_bag
 from sparsejax.memory.config import Lookup, MemoryConfig, MemoryPlusConfig
 from sparsejax.memory.lookup import Hits, product_key_top_k
+from sparsejax.memory.table import Table
 from sparsejax.memory.usage import usage
 from sparsejax.typing import Array, Bool, Float, Int, Output
 
@@ -151,7 +152,7 @@ class ProductKeyMemory(nnx.Module):
         # Values that nothing projects write to the residual stream themselves.
         scale = init_scale if self.write.out is None else 1.0
         values = normal(rngs.params(), (config.slots, inner), scale * inner**-0.5)
-        self.values = nnx.Param(values, axes="m d")
+        self.values = nnx.Param(values, axes="m d", reads=config.reads)
 
     def __call__(
         self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
@@ -168,19 +169,23 @@ class ProductKeyMemory(nnx.Module):
 
 
 class ValuePool(nnx.Module):
-    """The values that several ``MemoryPlus`` layers share."""
+    """The values that several ``MemoryPlus`` layers, the ``readers``, share."""
 
     def __init__(
         self,
         config: MemoryPlusConfig,
         width: int,
         *,
+        readers: int = 1,
         init_scale: float = 1.0,
         rngs: nnx.Rngs,
     ):
         inner = config.value_width or width
-        values = normal(rngs.params(), (config.slots, inner), init_scale * inner**-0.5)
-        self.values = nnx.Param(values, axes="m d")
+        # Values that nothing projects write to the residual stream themselves.
+        projects = config.gate == "swilu" or inner != width
+        scale = (1.0 if projects else init_scale) * inner**-0.5
+        values = normal(rngs.params(), (config.slots, inner), scale)
+        self.values = nnx.Param(values, axes="m d", reads=config.reads, readers=readers)
 
 
 class MemoryPlus(nnx.Module):
@@ -217,7 +222,7 @@ class MemoryPlus(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        pool: Float[Array, "m f"],
+        pool: Float[Array, "m f"] | Table,
         *,
         valid: Bool[Array, "b t"] | None = None,
     ) -> Output:

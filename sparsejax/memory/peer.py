@@ -7,6 +7,7 @@ from flax import nnx
 from sparsejax.memory.bag import embedding_bag, row_products
 from sparsejax.memory.config import PEERConfig
 from sparsejax.memory.layer import ProductKeys, merge_heads, normal
+from sparsejax.memory.table import Table
 from sparsejax.memory.usage import usage
 from sparsejax.typing import Array, Bool, Float, Int, Output
 
@@ -22,8 +23,8 @@ SCORES = {
 
 def single_neurons(
     x: Float[Array, "n d"],
-    down: Float[Array, "m d"],
-    up: Float[Array, "m d"],
+    down: Float[Array, "m d"] | Table,
+    up: Float[Array, "m d"] | Table,
     ids: Int[Array, "n k"],
     weights: Float[Array, "n k"],
     *,
@@ -57,9 +58,9 @@ class PEER(nnx.Module):
         self.lookup = ProductKeys(config, width, rngs=rngs)
         shape, active = (config.slots, width), config.heads * config.per_head
         down = normal(rngs.params(), shape, width**-0.5)
-        self.down = nnx.Param(down, axes="m d")
+        self.down = nnx.Param(down, axes="m d", reads=config.reads)
         up = normal(rngs.params(), shape, init_scale * active**-0.5)
-        self.up = nnx.Param(up, axes="m d")
+        self.up = nnx.Param(up, axes="m d", reads=config.reads)
 
     def __call__(
         self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None

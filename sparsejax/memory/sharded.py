@@ -21,10 +21,18 @@ from sparsejax.memory import tiles
 from sparsejax.partition import ACTIVATIONS, PARAMETERS
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["add_rows", "multiply_rows", "per_token", "sum_rows"]
+__all__ = [
+    "Cut",
+    "add_rows",
+    "ambient_cut",
+    "multiply_rows",
+    "parts",
+    "per_token",
+    "sum_rows",
+]
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """Mesh axes, those of size one left out."""
 
     tokens: tuple[str, ...]
@@ -32,8 +40,13 @@ class _Cut(NamedTuple):
     columns: tuple[str, ...]
 
     def run(self, function: Callable[..., Array], inputs: str, output: str) -> Callable:
-        """Map letters to what each device holds: table ``T``, tokens ``n``."""
-        specs = {"T": P(self.rows, self.columns), "n": P(self.tokens)}
+        """Map letters to what each device holds.
+
+        ``T`` is a table, ``S`` the tables of all layers, ``n`` are tokens, ``1`` is
+        everywhere.
+        """
+        table = self.rows, self.columns
+        specs = {"T": P(*table), "S": P(None, *table), "n": P(self.tokens), "1": P()}
         return jax.shard_map(
             function,
             in_specs=tuple(specs[letter] for letter in inputs),
@@ -73,14 +86,16 @@ def _live(axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
 
-def _parts(axes: tuple[str, ...]) -> int:
+def parts(axes: tuple[str, ...]) -> int:
+    """Count the pieces that the ambient mesh cuts along these axes."""
     return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
 
 
-def _ambient_cut(tokens: int, slots: int, width: int) -> _Cut | None:
-    cut = _Cut(_live(ACTIVATIONS["n"]), _live(PARAMETERS["m"]), _live(PARAMETERS["d"]))
+def ambient_cut(tokens: int, slots: int, width: int) -> Cut | None:
+    """Say how the ambient mesh cuts; None without one, or where it does not divide."""
+    cut = Cut(_live(ACTIVATIONS["n"]), _live(PARAMETERS["m"]), _live(PARAMETERS["d"]))
     sizes = zip((tokens, slots, width), cut, strict=True)
-    fits = all(size % _parts(axes) == 0 for size, axes in sizes)
+    fits = all(size % parts(axes) == 0 for size, axes in sizes)
     return cut if any(cut) and fits else None
 
 
@@ -94,44 +109,56 @@ def per_token(function: Callable[..., Array], *arrays: Float[Array, "n h r"]) ->
     if not any(live):
         return function(*arrays)
     sizes = zip(live, arrays[0].shape[:2], strict=True)
-    spec = P(*(axes if size % _parts(axes) == 0 else () for axes, size in sizes))
+    spec = P(*(axes if size % parts(axes) == 0 else () for axes, size in sizes))
     specs = (spec,) * len(arrays)
     return jax.shard_map(function, in_specs=specs, out_specs=spec)(*arrays)
 
 
 def sum_rows(
-    table: Float[Array, "m d"], ids: Int[Array, "n k"], weights: Float[Array, "n k"]
+    table: Float[Array, "*l m d"],
+    ids: Int[Array, "n k"],
+    weights: Float[Array, "n k"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "n d"]:
-    """Sum the rows of every token, weighted."""
-    cut = _ambient_cut(ids.shape[0], *table.shape)
+    """Sum the rows of every token, weighted; with ``layer``, those of one layer."""
+    cut = ambient_cut(ids.shape[0], *table.shape[-2:])
     if cut is None:
-        return tiles.sum_rows(table, ids, weights)
+        return tiles.sum_rows(*tiles.flat(table, ids, layer), weights)
 
-    def local(table: Array, ids: Array, weights: Array) -> Array:
-        ids = cut.own(cut.gather(ids), table.shape[0])
+    def local(table: Array, ids: Array, weights: Array, *layer: Array) -> Array:
+        ids = cut.own(cut.gather(ids), table.shape[-2])
+        table, ids = tiles.flat(table, ids, *layer or (None,))
         y = tiles.sum_rows(table, ids, cut.gather(weights))
         return cut.to_tokens(jax.lax.psum(y, cut.rows) if cut.rows else y)
 
-    return cut.run(local, "Tnn", "n")(table, ids, weights)
+    if layer is None:
+        return cut.run(local, "Tnn", "n")(table, ids, weights)
+    return cut.run(local, "Snn1", "n")(table, ids, weights, layer)
 
 
 def multiply_rows(
-    table: Float[Array, "m d"], ids: Int[Array, "n k"], x: Float[Array, "n d"]
+    table: Float[Array, "*l m d"],
+    ids: Int[Array, "n k"],
+    x: Float[Array, "n d"],
+    layer: Int[Array, ""] | None = None,
 ) -> Float[Array, "n k"]:
-    """Multiply every token with its rows."""
-    cut = _ambient_cut(ids.shape[0], *table.shape)
+    """Multiply every token with its rows; with ``layer``, those of one layer."""
+    cut = ambient_cut(ids.shape[0], *table.shape[-2:])
     if cut is None:
-        return tiles.multiply_rows(table, ids, x)
+        return tiles.multiply_rows(*tiles.flat(table, ids, layer), x)
 
-    def local(table: Array, ids: Array, x: Array) -> Array:
-        ids = cut.own(cut.gather(ids), table.shape[0])
+    def local(table: Array, ids: Array, x: Array, *layer: Array) -> Array:
+        ids = cut.own(cut.gather(ids), table.shape[-2])
+        table, ids = tiles.flat(table, ids, *layer or (None,))
         y = tiles.multiply_rows(table, ids, cut.to_columns(x))
         y = jax.lax.psum(y, cut.rows) if cut.rows else y
         if not cut.columns:
             return y
         return jax.lax.psum_scatter(y, cut.columns, tiled=True)
 
-    return cut.run(local, "Tnn", "n")(table, ids, x)
+    if layer is None:
+        return cut.run(local, "Tnn", "n")(table, ids, x)
+    return cut.run(local, "Snn1", "n")(table, ids, x, layer)
 
 
 def add_rows(
@@ -142,11 +169,11 @@ def add_rows(
     slots: int,
 ) -> Float[Array, "m d"]:
     """Add every token, weighted, to its rows of zeros."""
-    cut = _ambient_cut(ids.shape[0], slots, x.shape[1])
+    cut = ambient_cut(ids.shape[0], slots, x.shape[1])
     if cut is None:
         return tiles.add_rows(ids, weights, x, slots=slots)
     others = tuple(axis for axis in cut.tokens if axis not in cut.columns)
-    height = slots // _parts(cut.rows)
+    height = slots // parts(cut.rows)
 
     def local(ids: Array, weights: Array, x: Array) -> Array:
         ids, weights = cut.own(cut.gather(ids), height), cut.gather(weights)

@@ -8,7 +8,7 @@ and agree where every decision is certain. Decisions are float32.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from sparsejax.memory.bag import embedding_bag, row_products
 from sparsejax.memory.config import FastFeedForwardConfig
 from sparsejax.memory.layer import normal
 from sparsejax.memory.peer import ACTIVATIONS
+from sparsejax.memory.table import Table
 from sparsejax.memory.usage import entropy, mean_of_valid, usage
 from sparsejax.typing import Array, Bool, Float, Int, Output
 
@@ -29,9 +30,9 @@ class Tree(NamedTuple):
 
     node: Float[Array, "nodes d"]
     node_bias: Float[Array, " nodes"]
-    down: Float[Array, "m d"]
+    down: Float[Array, "m d"] | Table
     down_bias: Float[Array, " m"]
-    up: Float[Array, "m d"]
+    up: Float[Array, "m d"] | Table
     up_bias: Float[Array, "e d"]
 
 
@@ -64,7 +65,8 @@ def soft(x: Float[Array, "n d"], tree: Tree, *, activation: str = "relu") -> Ans
     logits = x.astype(jnp.float32) @ tree.node.T + tree.node_bias[None]
     weights = leaf_weights(logits)
     mix = weights.astype(x.dtype)
-    down, down_bias, up, up_bias = (w.astype(x.dtype) for w in tree[2:])
+    leaves: Any = tree[2:]
+    down, down_bias, up, up_bias = (w.astype(x.dtype) for w in leaves)
     hidden = ACTIVATIONS[activation](x @ down.T + down_bias[None])
     hidden *= jnp.repeat(mix, down.shape[0] // mix.shape[1], axis=1)
 
@@ -140,10 +142,13 @@ class FastFeedForward(nnx.Module):
         node = normal(rngs.params(), (nodes, width), width**-0.5)
         self.node = nnx.Param(node, axes="1 d")
         self.node_bias = nnx.Param(jnp.zeros(nodes), axes="1")
-        self.down = nnx.Param(normal(rngs.params(), shape, width**-0.5), axes="m d")
+        # The soft path multiplies with all rows.
+        about: dict[str, Any] = {"reads": config.reads} if config.reads else {}
+        down = normal(rngs.params(), shape, width**-0.5)
+        self.down = nnx.Param(down, axes="m d", **about)
         self.down_bias = nnx.Param(jnp.zeros(config.slots), axes="m")
         up = normal(rngs.params(), shape, init_scale * config.leaf_width**-0.5)
-        self.up = nnx.Param(up, axes="m d")
+        self.up = nnx.Param(up, axes="m d", **about)
         self.up_bias = nnx.Param(jnp.zeros((config.leaves, width)), axes="1 d")
 
     def __call__(

@@ -5,7 +5,12 @@ from typing import Literal, NamedTuple
 
 from sparsejax.attention import AttentionConfig
 from sparsejax.config import choose, require
-from sparsejax.memory import FastFeedForwardConfig, MemoryConfig, PEERConfig
+from sparsejax.memory import (
+    FastFeedForwardConfig,
+    MemoryConfig,
+    MemoryPlusConfig,
+    PEERConfig,
+)
 from sparsejax.moe import ACTIVATIONS, MoEConfig
 
 REMAT = ("none", "full", "dots", "names")
@@ -24,7 +29,7 @@ class GatedConfig:
         choose("activation", self.activation, ACTIVATIONS)
 
 
-AnyMemoryConfig = MemoryConfig | PEERConfig | FastFeedForwardConfig
+AnyMemoryConfig = MemoryConfig | MemoryPlusConfig | PEERConfig | FastFeedForwardConfig
 FeedForwardConfig = GatedConfig | MoEConfig | AnyMemoryConfig
 
 
@@ -40,9 +45,10 @@ class ModelConfig:
     """A decoder-only Transformer whose every part may be sparse.
 
     ``memory_layers`` names the layers (counted from 0) whose feed-forward is the
-    memory. ``remat`` says what the backward pass computes again: ``none`` keeps
-    everything, ``full`` keeps the layers' inputs, ``dots`` keeps matrix products,
-    ``names`` keeps what the layers named.
+    memory; those of kind ``memory_plus`` share one pool of values. ``remat`` says what
+    the backward pass computes again: ``none`` keeps everything, ``full`` keeps the
+    layers' inputs, ``dots`` keeps matrix products, ``names`` keeps what the layers
+    named.
     """
 
     depth: int

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 
 from sparsejax.attention import METHODS, BlockMask, Sizes, Work
-from sparsejax.memory import MemoryConfig, PEERConfig
 from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import LayerSpec, ModelConfig, runs
 from sparsejax.tree import variables
@@ -97,13 +97,15 @@ def _work(config: ModelConfig, spec: LayerSpec, length: int) -> Work:
     return work
 
 
-def _active_share(axes: str, spec: LayerSpec) -> float:
-    """Give the share of a parameter that one token uses, from its letters."""
-    letters, config = axes.split(), spec.feed_forward
+def _active_share(variable: nnx.Variable, spec: LayerSpec) -> float:
+    """Give the share of a parameter that a token uses, from what it says of itself."""
+    about, config = variable.get_metadata(), spec.feed_forward
+    letters = about["axes"].split()
     if isinstance(config, MoEConfig) and "e" in letters and len(letters) > 3:
         return config.per_token / config.experts  # of l e d f, not of the router
-    if isinstance(config, MemoryConfig | PEERConfig) and "m" in letters:
-        return config.heads * config.per_head / config.slots
+    if "reads" in about:
+        slots = variable.get_value().shape[-2]
+        return min(1.0, about["reads"] * about.get("readers", 1) / slots)
     return 1.0
 
 
@@ -126,7 +128,7 @@ def cost(
     for path, variable in variables(params).items():
         shape, density = variable.get_value().shape, (live or {}).get(path, 1.0)
         size = math.prod(shape)
-        share = _active_share(variable.axes, _spec_at(config, path))
+        share = _active_share(variable, _spec_at(config, path))
         if path == "embedding" and not config.tied:
             share = 1 / shape[0]  # one row is read
         total += size

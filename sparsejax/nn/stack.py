@@ -4,8 +4,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
+from sparsejax.memory import MemoryPlusConfig
+from sparsejax.memory.table import Table, is_table, join, part
 from sparsejax.nn.blocks import Block
 from sparsejax.nn.config import ModelConfig, Run
 from sparsejax.partition import ACTIVATIONS, constrain
@@ -45,9 +48,14 @@ def _stacked(spec: Any, config: ModelConfig, keys: Array) -> Block:
 
 
 def _gathered(state: PyTree) -> PyTree:
-    """One layer's parameters, whole along ``fsdp``: gathered here, freed after use."""
+    """One layer's parameters, whole along ``fsdp``: gathered here, freed after use.
+
+    Tables that are read by rows stay where they are: ids travel.
+    """
 
     def gather(x: nnx.Variable) -> nnx.Variable:
+        if is_table(x):
+            return x
         axes = x.axes.removeprefix("l").strip()
         rules = ACTIVATIONS if len(axes.split()) > 1 else {}
         return x.replace(constrain(x.get_value(), axes, rules))
@@ -59,7 +67,9 @@ class Stack(nnx.Module):
     """``repeats`` copies of a period of blocks, run one after the other."""
 
     def __init__(self, run: Run, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.remat = config.remat
+        self.remat, self.repeats = config.remat, run.repeats
+        layers = (spec.feed_forward for spec in run.period)
+        self.readers = tuple(isinstance(x, MemoryPlusConfig) for x in layers)
         keys = jax.random.split(rngs.params(), (len(run.period), run.repeats))
         self.blocks = nnx.List(
             _stacked(spec, config, key)
@@ -75,23 +85,35 @@ class Stack(nnx.Module):
         left out. Each layer has its own part of the random key, if there is one.
         """
         graphs, states = zip(*map(nnx.split, self.blocks), strict=True)
+        states, held = part(states)
         key = context.get("key")
         shape = len(jax.tree.leaves(states[0])[0]), len(graphs)
         keys = None if key is None else jax.random.split(key, shape)
 
-        def body(x: Array, layer: tuple[Any, Any, Any]) -> tuple[Array, Any]:
-            states, caches, keys = layer
+        def body(x: Array, layer: tuple[Any, ...]) -> tuple[Array, Any]:
+            states, caches, keys, repeat = layer
+            states = join(states, held)
             asides, filled = [], []
             for n, graph in enumerate(graphs):
                 block = nnx.merge(graph, _gathered(states[n]))
                 own = context | {"key": None if keys is None else keys[n]}
+                own["pool"] = self._pool(context, repeat, n)
                 output, longer = block(x, cache=caches[n], **own)
                 x = output.value
                 asides.append((output.losses, output.metrics))
                 filled.append(longer)
             return x, (asides, filled)
 
+        repeats = jnp.arange(shape[0])
         x, (asides, filled) = jax.lax.scan(
-            remat(body, self.remat), x, (states, caches, keys)
+            remat(body, self.remat), x, (states, caches, keys, repeats)
         )
         return x, asides, filled
+
+    def _pool(self, context: dict[str, Any], repeat: Array, block: int) -> Any:
+        """The shared values, as one of their readers is to see them."""
+        pool = context["pool"]
+        if not isinstance(pool, Table):
+            return pool
+        own = repeat * sum(self.readers) + sum(self.readers[:block])
+        return pool.read_by(context["reader"] + own)

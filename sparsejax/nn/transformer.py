@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax.attention import Sizes, empty_cache
+from sparsejax.memory import MemoryPlusConfig, ValuePool
 from sparsejax.moe import MoEConfig
 from sparsejax.nn.blocks import RMSNorm
 from sparsejax.nn.config import LayerSpec, ModelConfig, runs
@@ -43,6 +44,14 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(
             init(rngs.params(), (rows, config.width)), axes="v d"
         )
+        if isinstance(config.memory, MemoryPlusConfig):
+            self.pool = ValuePool(
+                config.memory,
+                config.width,
+                readers=len(config.memory_layers),
+                init_scale=(2 * config.depth) ** -0.5,
+                rngs=rngs,
+            )
         self.stacks = nnx.List(Stack(run, config, rngs=rngs) for run in runs(config))
         self.norm = RMSNorm(config.width)
         if not config.tied:
@@ -76,12 +85,15 @@ class Transformer(nnx.Module):
             positions = jnp.broadcast_to(count, tokens.shape)
         context = {"positions": positions, "segments": segments, "tokens": tokens}
         context["previous"] = before(tokens, positions, previous)
+        context["pool"] = self.pool.values[...] if hasattr(self, "pool") else None
+        context["reader"] = 0
         x = self._embed(tokens)
         asides, filled = [], []
         for index, stack in enumerate(self.stacks):
             context["key"] = None if key is None else jax.random.fold_in(key, index)
             cache = [None] * len(stack.blocks) if caches is None else caches[index]
             x, aside, cache = stack(x, cache, context)
+            context["reader"] += stack.repeats * sum(stack.readers)
             asides.append(aside)
             filled.append(cache)
         losses, metrics = self._in_layer_order(asides)

@@ -4,7 +4,8 @@
 ``OPTIMIZERS`` at rate 1, decoupled weight decay, the rates of single parameters, the
 schedule. Decay and rates are chosen by regular expressions on tree paths, searched as
 ``re.search`` does. Parameters and moments are float32; a tree of ``nnx.Variable`` and a
-plain dict work alike. The result may be called under strict dtype promotion.
+plain dict work alike. The result may be called under strict dtype promotion. Tables
+that have a rule of their own (``OptimConfig.tables``) only share in the norm.
 """
 
 import inspect
@@ -22,6 +23,8 @@ from jax.typing import ArrayLike
 
 from sparsejax import tree
 from sparsejax.config import ConfigError, choose, near, require
+from sparsejax.memory import lazy
+from sparsejax.train.clip import clip_all
 from sparsejax.typing import Array, Float, PyTree
 
 __all__ = ["OPTIMIZERS", "OptimConfig", "make_optimizer", "make_schedule"]
@@ -80,6 +83,9 @@ class OptimConfig:
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # regexes of paths
     rates: dict[str, float] = field(default_factory=dict)  # regex: factor of the rate
     accumulate: int = 1  # micro-batches in a step
+    # how tables that are read by rows follow theirs: as all else does, or by rows
+    tables: str | None = None  # none, or a key of sparsejax.memory.lazy.RULES
+    table_arguments: dict[str, float] = field(default_factory=dict)  # of that rule
 
     def __post_init__(self) -> None:
         choose("name", self.name, OPTIMIZERS)
@@ -99,6 +105,7 @@ class OptimConfig:
         for pattern, rate in self.rates.items():
             _check_pattern("rates", pattern)
             require(rate >= 0, f"rates[{pattern!r}]", rate, "must not be negative")
+        _check_tables(self)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -133,8 +140,8 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, params: PyTree
-) -> optax.GradientTransformation:
+    config: OptimConfig, steps: int, params: PyTree, rest: PyTree = None
+) -> optax.GradientTransformationExtraArgs:
     """Build the optimiser of a config for one tree of parameters.
 
     Args:
@@ -143,6 +150,7 @@ def make_optimizer(
         params: the parameters, or a tree of ``jax.ShapeDtypeStruct`` like them. Muon
             reads their ``axes`` metadata and takes the hidden matrices; see
             ``_matrix_axes``.
+        rest: those of them that it moves, if tables have a rule of their own.
 
     Raises:
         ConfigError: if the schedule does not fit, a parameter is not float32, or a
@@ -162,11 +170,11 @@ def make_optimizer(
     arguments = {**_DEFAULTS[config.name], **config.arguments}
     constructor = OPTIMIZERS[config.name]
     if "muon_weight_dimension_numbers" in inspect.signature(constructor).parameters:
-        arguments["muon_weight_dimension_numbers"] = _dimension_numbers(params)
+        arguments["muon_weight_dimension_numbers"] = _dimension_numbers(
+            params if rest is None else rest
+        )
     parts = [
-        optax.identity()
-        if config.clip is None
-        else optax.clip_by_global_norm(config.clip),
+        _clipping(config),
         constructor(**arguments),
         _decay(config),
         _scale_by_path(config.rates),
@@ -236,11 +244,41 @@ def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
         require(fits, where, value, f"must be of type {kind.__name__}")
 
 
+def _check_tables(config: OptimConfig) -> None:
+    """Refuse a rule that moves rows which nobody has read."""
+    name, rules = config.tables, sorted(lazy.RULES)
+    rule = (
+        "cannot be done by rows: it moves rows that nobody has read; take one of"
+        f" {', '.join(rules)}, or none, for gradients of all rows"
+    )
+    eager = name in {*OPTIMIZERS, "momentum"} - {*rules}
+    require(not eager, "tables", name, rule)
+    if name is not None:
+        choose("tables", name, lazy.RULES)
+    known = inspect.signature(lazy.RULES[name]).parameters if name else {}
+    legal = [n for n, x in known.items() if x.kind is x.KEYWORD_ONLY]
+    for argument, value in config.table_arguments.items():
+        where = f"table_arguments.{argument}"
+        rule = f"no argument of {name} for rows{near(argument, legal)}"
+        require(argument in legal, where, value, rule)
+        fits = 0 <= value < 1 if argument in ("b1", "b2", "initial") else value > 0
+        rule = "b1, b2 and initial must be in [0, 1), eps positive"
+        require(fits, where, value, rule)
+
+
 def _check_pattern(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
         require(False, name, pattern, f"not a regular expression: {error}")
+
+
+def _clipping(config: OptimConfig) -> optax.GradientTransformation:
+    if config.clip is None:
+        return optax.identity()
+    if config.tables is None:
+        return optax.clip_by_global_norm(config.clip)
+    return clip_all(config.clip)
 
 
 def _decay(config: OptimConfig) -> optax.GradientTransformation:
@@ -302,16 +340,18 @@ def _dimension_numbers(params: PyTree) -> PyTree:
 
 
 def _under_standard_promotion(
-    inner: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+    inner: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
     """Relax dtype promotion for optax, which mixes int32 counts and floats."""
 
     def init(params: PyTree) -> PyTree:
         with jax.numpy_dtype_promotion("standard"):
             return inner.init(params)
 
-    def update(updates: PyTree, state: PyTree, params: PyTree = None) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree = None, **extra: Any
+    ) -> Any:
         with jax.numpy_dtype_promotion("standard"):
-            return inner.update(updates, state, params)
+            return inner.update(updates, state, params, **extra)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

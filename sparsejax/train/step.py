@@ -16,10 +16,12 @@ from flax import nnx
 
 from sparsejax import masked
 from sparsejax.data import Batch
+from sparsejax.masked.plan import targets
 from sparsejax.nn import Transformer, refreshed
 from sparsejax.partition import BATCH, constrain
 from sparsejax.train.config import Config
 from sparsejax.train.optim import make_optimizer, make_schedule
+from sparsejax.train.tables import BothStates, Tables, split, square_of
 from sparsejax.typing import Array, Float, Int, PyTree
 
 __all__ = ["Losses", "State", "Step", "compiled", "statistics"]
@@ -31,7 +33,7 @@ class State(NamedTuple):
     step: Int[Array, ""]
     params: PyTree  # nnx.Param
     variables: PyTree  # every other nnx.Variable: router biases, centroids
-    opt: PyTree  # the optimiser's moments, and the masks
+    opt: PyTree  # the optimiser's moments, the masks, and what rows keep
     fault: Int[Array, "2"]  # step and statistic that first were not finite, or -1
 
 
@@ -101,7 +103,11 @@ class Step:
         self.graph, self.params, self.variables = nnx.split(model, nnx.Param, ...)
         steps = config.train.steps
         self.schedule = make_schedule(config.optim, steps)
-        self.optimizer = make_optimizer(config.optim, steps, self.params)
+        self.rest, self.tables = self.params, None
+        if config.optim.tables is not None:
+            self.tables = Tables(config.optim, steps, self.params)
+            self.rest = split(self.params)[1]
+        self.optimizer = make_optimizer(config.optim, steps, self.params, self.rest)
         if config.masked is not None:
             self.optimizer = masked.sparse(self.optimizer, config.masked)
 
@@ -111,20 +117,42 @@ class Step:
     def init(self, key: Array) -> State:
         """Draw the parameters and start the optimiser."""
         _, params, variables = nnx.split(self._model(key), nnx.Param, ...)
-        opt = self.optimizer.init(params)
+        if self.tables is None:
+            opt = self.optimizer.init(params)
+        else:
+            if self.config.masked is not None:
+                self.tables.refuse_masks(targets(params, self.config.masked))
+            rest = self.optimizer.init(split(params)[1])
+            opt = BothStates(rest, self.tables.init(params))
         fault = jnp.full(2, -1, jnp.int32)
         return State(jnp.zeros((), jnp.int32), params, variables, opt, fault)
 
     def model(self, state: State) -> Transformer:
-        """Build the model that the state describes, masks applied."""
-        return nnx.merge(
-            self.graph, self._effective(state.params, state), state.variables, copy=True
-        )
+        """Build the model that the state describes, masks and decay applied."""
+        params = state.params
+        if self.tables is not None:
+            tables = self.tables.settled(params, state.opt.tables)
+            params = nnx.merge_state(tables, split(params)[1])
+        return self._merged(self._effective(params, state), state)
+
+    def _merged(self, params: PyTree, state: State) -> Transformer:
+        return nnx.merge(self.graph, params, state.variables, copy=True)
 
     def _effective(self, params: PyTree, state: State) -> PyTree:
         if self.config.masked is None:
             return params
         return masked.effective(params, state.opt, self.config.masked)
+
+    def _armed(self, trained: PyTree, sinks: Any, state: State) -> Transformer:
+        """Build the model from what is differentiated, and from tables if they rest."""
+        params = self._effective(trained, state)
+        if self.tables is not None:
+            tables = self.tables.armed(state.params, state.opt.tables, sinks)
+            params = nnx.merge_state(tables, params)
+        return self._merged(params, state)
+
+    def _trained(self, state: State) -> PyTree:
+        return state.params if self.tables is None else split(state.params)[1]
 
     def _losses(
         self, model: Transformer, batch: Batch, key: Array | None = None
@@ -148,15 +176,14 @@ class Step:
 
     def evaluate(self, state: State, batch: Batch) -> Losses:
         """Sum the losses of a batch, without changing anything."""
-        return self._losses(self.model(state), batch)[0]
+        model = self._armed(self._trained(state), None, state)
+        return self._losses(model, batch)[0]
 
     def train(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         """Take one optimiser step."""
         losses, aside, grads = self._gradients(state, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float
-            updates, opt = self.optimizer.update(grads, state.opt, state.params)
-            params = optax.apply_updates(state.params, updates)
-            norms = optax.tree.norm(grads), optax.tree.norm(updates)
+            params, opt, norms = self._moved(state, *grads)
         scalars = {"loss": losses.nll / losses.tokens}
         scalars |= {f"loss/{name}": value for name, value in aside[0].items()}
         scalars |= {"gradient_norm": norms[0], "update_norm": norms[1]}
@@ -170,38 +197,74 @@ class Step:
             metrics |= masked.metrics(masked.masks_of(opt), masked.masks_of(state.opt))
         return State(step, params, variables, opt, fault), metrics
 
+    def _moved(self, state: State, grads: PyTree, told: Any) -> tuple[PyTree, Any, Any]:
+        """Apply the gradients; also give the norms of all of them and of the updates.
+
+        Args:
+            state: before the step.
+            grads: of all parameters but the tables that are read by rows.
+            told: of those tables' sinks, by path.
+        """
+        if self.tables is None:
+            updates, opt = self.optimizer.update(grads, state.opt, state.params)
+            params = optax.apply_updates(state.params, updates)
+            return params, opt, (optax.tree.norm(grads), optax.tree.norm(updates))
+        rows = self.tables.gradients(state.params, told)
+        rest, before = split(state.params)[1], state.opt
+        updates, opt, factor = self.tables.clipped(
+            self.optimizer, grads, before.rest, rest, rows
+        )
+        moved: PyTree = optax.apply_updates(rest, updates)
+        tables, about, square = self.tables.update(
+            state.params,
+            before.tables,
+            rows,
+            step=state.step,
+            factor=factor,
+        )
+        params = nnx.merge_state(tables, moved)
+        both = (grads, square_of(rows)), (updates, square)
+        norms = tuple(jnp.sqrt(optax.tree.norm(x) ** 2 + y) for x, y in both)
+        return params, BothStates(opt, about), norms
+
     def _gradients(self, state: State, batch: Batch) -> tuple[Losses, Any, PyTree]:
-        """Sum over the micro-batches, as if they were one batch."""
+        """Sum over the micro-batches, as if they were one batch.
+
+        What sinks of tables are told is not summed: it is that of all micro-batches.
+        """
         count = self.config.optim.accumulate
         segments = jnp.asarray(batch.segments)
         total = jnp.sum(_predicts(segments))
 
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
-        def objective(params: PyTree, batch: Batch, key: Array) -> Any:
-            params = self._effective(params, state)
-            model = nnx.merge(self.graph, params, state.variables, copy=True)
+        def objective(trained: PyTree, sinks: Any, batch: Batch, key: Array) -> Any:
+            model = self._armed(trained, sinks, state)
             losses, hidden = self._losses(model, batch, key)
             extra = sum(hidden.losses.values(), start=jnp.zeros(()))
             z = self.config.train.z_loss * losses.z
             value = (losses.nll + z) / total + extra / count
             return value, (losses, (hidden.losses, hidden.metrics))
 
-        gradient = jax.grad(objective, has_aux=True)
+        gradient = jax.grad(objective, (0, 1), has_aux=True)
+        trained, sinks = self._trained(state), {}
+        if self.tables is not None:
+            tokens = segments[:, 1:].size // count
+            sinks = self.tables.sinks(state.params, tokens)
         if count == 1:
-            grads, (losses, aside) = gradient(state.params, batch, key)
+            grads, (losses, aside) = gradient(trained, sinks, batch, key)
             return losses, aside, grads
 
         def body(grads: PyTree, part: tuple[Batch, Array]) -> Any:
-            more, asides = gradient(state.params, *part)
-            return jax.tree.map(jnp.add, grads, more), asides
+            (more, told), asides = gradient(trained, sinks, *part)
+            return jax.tree.map(jnp.add, grads, more), (told, asides)
 
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        zeros = jax.tree.map(jnp.zeros_like, trained)
         parts = _micro_batches(batch, count), jax.random.split(key, count)
-        grads, (losses, aside) = jax.lax.scan(body, zeros, parts)
+        grads, (told, (losses, aside)) = jax.lax.scan(body, zeros, parts)
         losses = jax.tree.map(jnp.sum, losses)
         aside = jax.tree.map(lambda x: jnp.mean(x, axis=0), aside)
-        return losses, aside, grads
+        return losses, aside, (grads, told)
 
 
 def _predicts(segments: Int[Array, "b s"]) -> Float[Array, "b t"]:

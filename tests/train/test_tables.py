@@ -1,0 +1,153 @@
+"""Row-sparse training of a whole model, against the dense step."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from sparsejax.config import ConfigError, FieldError, convert
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.config import Config
+from sparsejax.train.optim import OptimConfig
+from sparsejax.tree import leaves
+from tests.train import toy
+
+SLOTS = 128**2  # more than a step reads, which is 2 layers * 512 tokens * 8
+POOL = {"kind": "memory_plus", "sub_keys": 128, "heads": 2, "per_head": 4}
+MODEL = {
+    **toy.TOY["model"],
+    "ffn": {"kind": "gated", "hidden": 32},
+    "memory": {**POOL, "key_width": 8},
+    "memory_layers": (0, 1),
+}
+# Decay that can be seen, clipping that bites, a rate of the values' own.
+OPTIM = {"name": "sgd", "learning_rate": 0.3, "weight_decay": 0.5, "clip": 0.5}
+OPTIM |= {"rates": {"pool/values": 3.0}}
+PLAIN = {"model": MODEL, "masked": None}
+ROWS = {**OPTIM, "tables": "sgd", "accumulate": 2}
+
+
+def trained(config, steps, devices=None):
+    """Metrics and weights of a short run; on one device the evaluation too."""
+    step, state, train, evaluate, mesh = toy.start(config, devices)
+    found = []
+    with jax.set_mesh(mesh):
+        for index in range(steps):
+            state, metrics = train(state, toy.batch(index))
+            found.append([float(metrics[x]) for x in ("loss", "gradient_norm")])
+        _, params = jax.tree.flatten(state.params)
+        weights = leaves(jax.tree.map(np.asarray, settled(step, state)))
+        nll = float(evaluate(state, toy.batch()).nll) if devices else None
+        return found, weights, nll, params
+
+
+def settled(step, state):
+    """The parameters that the model computes with."""
+    tables = step.tables
+    return state.params if tables is None else tables.settled(*state_of(state))
+
+
+def state_of(state):
+    return state.params, state.opt.tables
+
+
+def test_rows_of_a_shared_pool_are_the_dense_step():
+    dense = trained(toy.toy(**PLAIN, optim=OPTIM), 3, toy.one_device())
+    rows = trained(toy.toy(**PLAIN, optim=ROWS), 3, toy.one_device())
+    np.testing.assert_allclose(rows[0], dense[0], rtol=1e-5)
+    np.testing.assert_allclose(rows[2], dense[2], rtol=1e-5)
+    table = "pool/values"
+    np.testing.assert_allclose(rows[1][table], dense[1][table], rtol=1e-5, atol=1e-6)
+    assert rows[3] == dense[3]  # the trees: checkpoints and exports see no difference
+
+
+def test_rows_under_a_mesh_are_those_of_one_device():
+    alone = trained(toy.toy(**PLAIN, optim=ROWS), 3, toy.one_device())
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    found = trained(toy.toy(**PLAIN, optim=ROWS, mesh=mesh), 3)
+    np.testing.assert_allclose(found[0], alone[0], rtol=1e-5)
+    table = "pool/values"
+    np.testing.assert_allclose(found[1][table], alone[1][table], rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_of_the_size_of_the_table_is_computed():
+    _, state, train, _, mesh = toy.start(toy.toy(**PLAIN, optim=ROWS), toy.one_device())
+    with jax.set_mesh(mesh):
+        text = train.lower(state, toy.batch()).compile().as_text()
+    rank = r"f32\[(?:1,)?" + f"{SLOTS},{toy.TOY['model']['width']}" + r"\]\S* "
+    operations = set(re.findall(rank + r"([a-z-]+)\(.*", text))
+    found = operations - {"parameter", "get-tuple-element", "bitcast", "scatter"}
+    wrapped = re.findall(rank + r"fusion\((.*)", text)
+    assert all('body/scatter"' in line for line in wrapped)
+    assert found <= {"fusion"}
+    assert operations >= {"parameter"}
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """Rows by Adam, under masks, experts beside them."""
+    return toy.toy(optim={"tables": "adam", "weight_decay": 0.1})
+
+
+def test_a_restored_state_goes_on_with_the_same_bits(everything, tmp_path):
+    _, state, train, _, mesh = toy.start(everything, toy.one_device())
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    with jax.set_mesh(mesh):
+        for index in range(2):
+            state, _ = train(state, toy.batch(index))
+        checkpoints = Checkpoints(tmp_path, keep=1, report=print)
+        checkpoints.save(2, state, data={}, config={})
+        checkpoints.wait()
+        again = checkpoints.restore(abstract).state
+        checkpoints.close()
+        straight, resumed = (train(x, toy.batch(2)) for x in (state, again))
+    jax.tree.map(np.testing.assert_array_equal, resumed, straight)
+
+
+def test_rows_learn_under_masks(everything):
+    losses, state = toy.losses(everything, 12, toy.one_device())
+    assert np.mean(losses[-4:]) < np.mean(losses[:4])
+    moments = state.opt.tables.moments["stacks/1/blocks/0/memory/values"]
+    assert int(np.max(moments["last"][...])) == 12
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "adafactor", "momentum"])
+def test_a_rule_that_moves_unread_rows_is_refused(name):
+    with pytest.raises(FieldError, match=f"tables={name!r}.*take one of adagrad"):
+        OptimConfig(learning_rate=0.1, tables=name)
+
+
+@pytest.mark.parametrize(
+    ("tables", "arguments", "message"),
+    [
+        ("adm", {}, "did you mean 'adam'"),
+        ("adam", {"momentum": 0.9}, "table_arguments.momentum"),
+        ("adam", {"b1": 1.0}, r"b1=1\.0"),
+        ("adagrad", {"eps": 0.0}, "eps=0.0"),
+        (None, {"b1": 0.5}, "no argument of None"),
+    ],
+)
+def test_arguments_that_no_rule_takes_are_refused(tables, arguments, message):
+    with pytest.raises(FieldError, match=message):
+        OptimConfig(learning_rate=0.1, tables=tables, table_arguments=arguments)
+
+
+def refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        toy.start(convert(Config, values), toy.one_device())
+
+
+def test_rows_without_a_table_to_read_are_refused():
+    values = {**toy.TOY, "optim": {**toy.TOY["optim"], "tables": "adam"}}
+    soft = {"kind": "fff", "depth": 2, "leaf_width": 4}
+    model = {**toy.TOY["model"], "memory": soft}
+    refused({**values, "model": model}, "optim.tables='adam'.*set it to none")
+
+
+def test_masks_on_a_table_that_is_trained_by_rows_are_refused():
+    values = {**toy.TOY, "optim": {**toy.TOY["optim"], "tables": "adam"}}
+    masks = {**toy.TOY["masked"], "include": ("memory/values",)}
+    refused({**values, "masked": masks}, "memory/values.*optim.tables to none")
