@@ -10,6 +10,7 @@ BENCHES = (
     "attention",
     "attention_gpu",
     "comparison",
+    "memory",
     "moe",
     "routers",
     "selectors",

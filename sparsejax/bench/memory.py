@@ -1,0 +1,185 @@
+"""What slots cost: a lookup, and a whole training step, of few and of many slots.
+
+    python -m sparsejax.bench memory
+
+``lookup`` rows find 16 of the slots for 4 heads of 2048 tokens; time should grow with
+the root of the slots, and the fitted exponent is a row. ``step`` rows take a step of a
+PEER layer, forward, backward and Adam, on 2048 tokens of width 256, each of which runs
+128 experts: once with its tables trained by rows and once with dense gradients.
+``growth`` is a time over that of the fewest slots, the two in turns; ``peak`` is what
+XLA sets aside for a step, over the bytes of parameters and moments.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from sparsejax.bench.attention import race, ratio
+from sparsejax.bench.table import markdown, provenance, write_rows
+from sparsejax.memory import PEER, PEERConfig, product_key_top_k
+from sparsejax.train.optim import OptimConfig, make_optimizer
+from sparsejax.train.tables import Tables, split
+from sparsejax.typing import Array, PyTree
+
+TOKENS, WIDTH, HEADS, PER_HEAD = 2048, 256, 8, 16  # of the layer
+LOOKUP = {"heads": 4, "key_width": 256, "k": 16}
+COLUMNS = {
+    "work": "work",
+    "slots": "slots",
+    "training": "training",
+    "ms": "ms",
+    "growth": "over the fewest slots",
+    "peak": "peak over parameters and moments",
+}
+
+Runner = Callable[[], Any]
+
+
+class Step(NamedTuple):
+    """A compiled step, and what it needs."""
+
+    run: Runner
+    peak: float
+
+
+def lookup(slots: int) -> Runner:
+    """Find the best slots of every token."""
+    r, heads, width = math.isqrt(slots), LOOKUP["heads"], LOOKUP["key_width"]
+    keys = jax.random.split(jax.random.key(0))
+    queries = jax.random.normal(keys[0], (TOKENS, heads, width))
+    halves = jax.random.normal(keys[1], (heads, 2, r, width // 2))
+    run = jax.jit(lambda *x: product_key_top_k(*x, k=LOOKUP["k"]))
+    run = run.lower(queries, halves).compile()
+    return lambda: jax.block_until_ready(run(queries, halves))
+
+
+def step(slots: int, training: str) -> Step:
+    """A step of a PEER layer whose state is donated, as in training."""
+    config = PEERConfig(sub_keys=math.isqrt(slots), heads=HEADS, per_head=PER_HEAD)
+    graph, params = nnx.split(PEER(config, WIDTH, rngs=nnx.Rngs(0)))
+    make, tables = TRAININGS[training]
+    optim = OptimConfig(learning_rate=1e-3, schedule="constant", tables=tables)
+    state, train = make(graph, params, optim)
+    del params
+    keys = jax.random.split(jax.random.key(1))
+    batch = tuple(jax.random.normal(key, (1, TOKENS, WIDTH)) for key in keys)
+    compiled = jax.jit(train, donate_argnums=0).lower(state, *batch).compile()
+    held = [state]
+    size = sum(x.nbytes for x in jax.tree.leaves(state))
+    used: Any = compiled.memory_analysis()
+    extra = used.temp_size_in_bytes + used.output_size_in_bytes
+    peak = used.argument_size_in_bytes + extra - used.alias_size_in_bytes
+    del state
+
+    def run() -> None:
+        held[0] = jax.block_until_ready(compiled(held[0], *batch))
+
+    return Step(run, peak / size)
+
+
+def loss_of(graph: Any, params: PyTree, x: Array, target: Array) -> Array:
+    """Match random targets: every token's output has a gradient."""
+    return jnp.mean((nnx.merge(graph, params)(x).value - target) ** 2)
+
+
+def densely(graph: Any, params: PyTree, optim: OptimConfig) -> tuple[PyTree, Any]:
+    """Gradients of the table's shape, and an optimiser that moves every row."""
+    optimizer = make_optimizer(optim, 1000, params)
+
+    def train(state: PyTree, x: Array, target: Array) -> PyTree:
+        params, opt = state
+        grads = jax.grad(loss_of, 1)(graph, params, x, target)
+        updates, opt = optimizer.update(grads, opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    return (params, optimizer.init(params)), train
+
+
+def by_rows(graph: Any, params: PyTree, optim: OptimConfig) -> tuple[PyTree, Any]:
+    """The same step, but for the rows that nobody has read."""
+    tables = Tables(optim, 1000, params)
+    rest = split(params)[1]
+    optimizer = make_optimizer(optim, 1000, params, rest)
+
+    def train(state: PyTree, x: Array, target: Array) -> PyTree:
+        params, opt, about, count = state
+        rest = split(params)[1]
+        sinks = tables.sinks(params, TOKENS)
+
+        def loss(rest: PyTree, sinks: Any) -> Array:
+            armed = nnx.merge_state(tables.armed(params, about, sinks), rest)
+            return loss_of(graph, armed, x, target)
+
+        grads, told = jax.grad(loss, (0, 1))(rest, sinks)
+        rows = tables.gradients(params, told)
+        updates, opt, factor = tables.clipped(optimizer, grads, opt, rest, rows)
+        moved, about, _ = tables.update(params, about, rows, step=count, factor=factor)
+        rest: Any = optax.apply_updates(rest, updates)
+        return nnx.merge_state(moved, rest), opt, about, count + 1
+
+    count = jnp.zeros((), jnp.int32)
+    return (params, optimizer.init(rest), tables.init(params), count), train
+
+
+TRAININGS = {"rows": (by_rows, "adam"), "dense": (densely, None)}
+
+
+def lookups(slots: list[int], pace: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Time lookups in turns, and fit a power of the slots."""
+    times = race({str(n): lookup(n) for n in slots}, **pace)
+    medians = [statistics.median(times[str(n)]) for n in slots]
+    for n, seconds in zip(slots, medians, strict=True):
+        growth = ratio(times, str(n), str(slots[0]))
+        yield {"work": "lookup", "slots": n, **shown(seconds, growth)}
+    exponent = np.polyfit(np.log(slots), np.log(medians), 1)[0]
+    yield {"work": "lookup, exponent of slots", "slots": "", "ms": f"{exponent:.2f}"}
+
+
+def steps(
+    slots: list[int], training: str, pace: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Time steps of few and many slots in turns."""
+    made = {str(n): step(n, training) for n in slots}
+    times = race({name: x.run for name, x in made.items()}, **pace)
+    for n in slots:
+        seconds = statistics.median(times[str(n)])
+        found = shown(seconds, ratio(times, str(n), str(slots[0])))
+        found |= {"training": training, "peak": f"{made[str(n)].peak:.2f}"}
+        yield {"work": "step", "slots": n, **found}
+
+
+def shown(seconds: float, growth: float) -> dict[str, str]:
+    """Write times as the table has them."""
+    return {"ms": f"{seconds * 1e3:.4g}", "growth": f"{growth:.3g}"}
+
+
+def main(argv: list[str]) -> int:
+    """Measure everything, write ``results/memory.csv`` and print it."""
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.bench memory")
+    halves = [2**12, 2**14, 2**16, 2**18, 2**20]
+    parser.add_argument("--lookups", type=int, nargs="+", default=halves)
+    parser.add_argument("--slots", type=int, nargs="+", default=[2**16, 2**20])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=25.0, help="for each race")
+    flags = parser.parse_args(argv)
+    pace, about = {"rounds": flags.rounds, "seconds": flags.seconds}, provenance()
+    blank = dict.fromkeys(COLUMNS, "")
+    rows: list[dict[str, Any]] = []
+    for found in (
+        lookups(flags.lookups, pace),
+        steps(flags.slots, "rows", pace),
+        steps(flags.slots, "dense", pace),
+    ):
+        rows += [blank | row | about for row in found]
+        write_rows("memory", rows)
+    sys.stdout.write(markdown(rows, COLUMNS) + "\n")
+    return 0
