@@ -80,3 +80,45 @@ def test_a_short_list_is_walked_at_once_and_a_long_one_in_steps(window, steps, j
         blocks for blocks in range(1, 9) if f"f32[1,4,128,{128 * blocks}]" in program
     }
     assert logits == steps
+
+
+def test_no_array_is_as_large_as_the_score_matrix(key):
+    n = 256
+    q, k, v = arrays(key, b=1, t=n, s=n, c=4)
+    mask = BlockMask.from_pattern(
+        sliding_window(20), q_len=n, kv_len=n, block_q=16, block_kv=16
+    )
+
+    def loss(q, k, v):
+        return block_sparse_attention(q, k, v, mask, implementation="xla").sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+    assert max(_sizes(jaxpr.jaxpr)) < n * n
+
+
+def _sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (x.aval.size for x in equation.outvars)
+        for inner in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+        ):
+            found = getattr(inner, "jaxpr", inner)
+            if hasattr(found, "eqns"):
+                yield from _sizes(found)
+
+
+def test_what_rematerialisation_keeps_is_not_computed_again(key):
+    q, k, v = arrays(key)
+    mask = MASKS["causal"]()
+
+    def exponentials(policy):
+        def loss(q):
+            return block_sparse_attention(q, k, v, mask, implementation="xla").sum()
+
+        both = jax.value_and_grad(jax.checkpoint(loss, policy=policy))
+        return jax.jit(both).lower(q).as_text().count("exponential")
+
+    policies = jax.checkpoint_policies
+    kept = exponentials(policies.save_only_these_names("attended"))
+    assert kept == exponentials(policies.everything_saveable)
+    assert kept < exponentials(policies.nothing_saveable)
