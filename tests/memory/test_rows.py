@@ -12,7 +12,7 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.memory import lazy, tiles
+from sparsejax.memory import lazy, rows
 from sparsejax.memory.bag import embedding_bag, row_products
 from sparsejax.memory.rows import row_gradient
 from sparsejax.memory.table import Reads, Table, arm, join, part, reads, sink_of
@@ -43,7 +43,7 @@ def some_reads(ids):
 
 
 @partial(jax.jit, static_argnames="tile")
-def summed(reads, tile=tiles.TILE):
+def summed(reads, tile=rows.TILE):
     del tile  # set by monkeypatch
     return row_gradient(reads, layers=L, slots=M)
 
@@ -69,10 +69,10 @@ def test_rows_are_distinct_ascending_and_the_sums_of_their_duplicates(ids):
 
 def test_rows_in_tiles_are_the_same_rows(key, monkeypatch):
     read = some_reads(jax.random.randint(key, (N, K), 0, L * M))
-    monkeypatch.setattr(tiles, "TILE", 5 * D)
-    rows = summed(read, 5 * D)
-    assert len(rows.ids) % 5 == 0
-    np.testing.assert_allclose(spread(rows, L * M), by_loops(read), **SMALL)
+    monkeypatch.setattr(rows, "TILE", 5 * D)
+    found = summed(read, 5 * D)
+    assert len(found.ids) % 5 == 0
+    np.testing.assert_allclose(spread(found, L * M), by_loops(read), **SMALL)
 
 
 def test_no_reads_are_no_rows():
