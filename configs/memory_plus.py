@@ -2,8 +2,8 @@
 
     python train.py --config=configs/memory_plus.py
 
-A few minutes on two CPU cores. Values are trained by rows: a step costs the same
-however many there are.
+A few minutes on two CPU cores. Values are trained by rows: a step moves those
+that its tokens have read, and no others.
 """
 
 from ml_collections import ConfigDict

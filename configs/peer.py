@@ -3,7 +3,7 @@
     python train.py --config=configs/peer.py
 
 A few minutes on two CPU cores. A token runs 64 experts; they are trained by rows: a
-step costs the same however many there are.
+step moves those that its tokens have run, and no others.
 """
 
 from ml_collections import ConfigDict

@@ -95,6 +95,11 @@ class ProductKeys(nnx.Module):
         return product_key_top_k(query, keys, k=k)
 
 
+def _projects(inner: int, width: int, gate: str) -> bool:
+    """Whether values read are projected, or write to the residual stream themselves."""
+    return gate == "swilu" or inner != width
+
+
 class Writer(nnx.Module):
     """What becomes of the values read: ``(silu(x gate) * read) out``, or less.
 
@@ -111,10 +116,10 @@ class Writer(nnx.Module):
         init_scale: float,
         rngs: nnx.Rngs,
     ):
-        gates, projects = gate == "swilu", gate == "swilu" or inner != width
         weight = normal(rngs.params(), (width, inner), width**-0.5)
-        self.gate = nnx.Param(weight, axes="d f") if gates else None
+        self.gate = nnx.Param(weight, axes="d f") if gate == "swilu" else None
         weight = normal(rngs.params(), (inner, width), init_scale * inner**-0.5)
+        projects = _projects(inner, width, gate)
         self.out = nnx.Param(weight, axes="f d") if projects else None
 
     def __call__(
@@ -181,10 +186,8 @@ class ValuePool(nnx.Module):
         rngs: nnx.Rngs,
     ):
         inner = config.value_width or width
-        # Values that nothing projects write to the residual stream themselves.
-        projects = config.gate == "swilu" or inner != width
-        scale = (1.0 if projects else init_scale) * inner**-0.5
-        values = normal(rngs.params(), (config.slots, inner), scale)
+        scale = 1.0 if _projects(inner, width, config.gate) else init_scale
+        values = normal(rngs.params(), (config.slots, inner), scale * inner**-0.5)
         self.values = nnx.Param(values, axes="m d", reads=config.reads, readers=readers)
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 
-from sparsejax.moe import ROUTERS, GatedExperts, MoEConfig, Routing
+from sparsejax.moe import ROUTERS, GatedExperts, MoEConfig
 from sparsejax.moe.mixture import mixed
 from sparsejax.partition import MESH_AXES
-from tests.moe.routed import choices, context
+from tests.moe.routed import choices, context, padded
 
 BATCH, LENGTH, EXPERTS, WIDTH, HIDDEN, K = 8, 4, 8, 8, 6, 2
 TOKENS = BATCH * LENGTH
@@ -98,7 +98,4 @@ def routed(router):
         valid=jnp.ones(TOKENS, bool),
         key=jax.random.key(1),
     )
-    routing = ROUTERS[router](logits, k=choices(router), **given)
-    room = ((0, 0), (0, K - routing.weights.shape[1]))
-    chosen, weights = (jnp.pad(a, room) for a in (routing.experts, routing.weights))
-    return Routing(chosen, weights, routing.probs, {})
+    return padded(ROUTERS[router](logits, k=choices(router), **given), K)

@@ -6,7 +6,7 @@ import inspect
 import jax
 import jax.numpy as jnp
 
-from sparsejax.moe import ROUTERS
+from sparsejax.moe import ROUTERS, Routing
 from sparsejax.moe.routers import accepts
 
 TOKENS, EXPERTS, BATCH, IDS = 24, 8, 4, 50
@@ -51,6 +51,13 @@ def route(name, scores, **more):
     arrays = context(name, **more)
     arrays.pop("batch", None)
     return _route(name, scores, arrays)
+
+
+def padded(routing, slots):
+    """The choice alone, with unused slots up to so many a token."""
+    room = ((0, 0), (0, max(0, slots - routing.weights.shape[1])))
+    chosen, weights = (jnp.pad(a, room) for a in (routing.experts, routing.weights))
+    return Routing(chosen, weights, routing.probs, {})
 
 
 def compiled(function):

@@ -18,7 +18,7 @@ from sparsejax.moe import (
     order,
 )
 from sparsejax.moe.routers import top_k
-from tests.moe.routed import EXPERTS, TOKENS, compiled, route
+from tests.moe.routed import EXPERTS, TOKENS, compiled, padded, route
 
 WIDTH, HIDDEN = 8, 10
 FAST = [name for name in sorted(DISPATCHERS) if name != "dense"]
@@ -67,10 +67,7 @@ def looped(x, routing, experts):
 def routed(name):
     """A router's choice as two slots a token, or as many as it needs."""
     x, logits_weight, _ = problem()
-    routing = route(name, x @ logits_weight)
-    room = ((0, 0), (0, max(0, 2 - routing.weights.shape[1])))
-    chosen, weights = (jnp.pad(a, room) for a in (routing.experts, routing.weights))
-    return Routing(chosen, weights, routing.probs, {})
+    return padded(route(name, x @ logits_weight), 2)
 
 
 @functools.partial(jax.jit, static_argnums=0)
