@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from sparsejax.attention.block_patterns import bigbird, power_attention
 from sparsejax.attention.operation import IMPLEMENTATIONS
@@ -19,6 +19,7 @@ from sparsejax.attention.patterns import (
     streaming_llm,
     strided,
 )
+from sparsejax.attention.rope_scaling import RopeScaling
 from sparsejax.attention.selectors import METHODS
 from sparsejax.attention.video_patterns import (
     diagonal,
@@ -69,7 +70,12 @@ class AttentionConfig:
     block_kv: int = 128
     head_width: int | None = None
     rope_theta: float = 10_000.0
-    qk_norm: bool = True  # root-mean-square norm of queries and keys, per head
+    rope_scaling: RopeScaling | None = None
+    qk_norm: bool = True  # root-mean-square norm of queries and keys
+    qk_norm_over: Literal["head", "heads"] = "head"  # each by itself, or all at once
+    norm_epsilon: float = 1e-6  # of that norm
+    qkv_biases: bool = False  # whether queries, keys and values have one
+    out_bias: bool = False
     softcap: float | None = None
     key_conv: int = 0  # taps of a convolution over keys; 0 for none
     learned_sinks: bool = False  # a learned logit per head that takes no value
@@ -80,7 +86,7 @@ class AttentionConfig:
     def __post_init__(self) -> None:
         choose("pattern", self.pattern, PATTERNS)
         _check_arguments(self.pattern, self.arguments)
-        for name in ("block_q", "block_kv", "rope_theta"):
+        for name in ("block_q", "block_kv", "rope_theta", "norm_epsilon"):
             value = getattr(self, name)
             require(value > 0, name, value, "must be positive")
         width = self.head_width

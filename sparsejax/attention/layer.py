@@ -92,9 +92,7 @@ class Attention(nnx.Module):
             init(rngs.params(), (width, kv_heads, c)) * scale, axes="d g c"
         )
         self.out = nnx.Param(init(rngs.params(), (heads, c, width)) * out, axes="h c d")
-        if config.qk_norm:
-            self.query_norm = nnx.Param(jnp.ones(c), axes="c")
-            self.key_norm = nnx.Param(jnp.ones(c), axes="c")
+        self._extras(heads, kv_heads, c, width)
         if config.key_conv:
             taps = jnp.zeros((config.key_conv, kv_heads, c))
             self.taps = nnx.Param(taps, axes=f"{config.key_conv} g c")
@@ -102,6 +100,22 @@ class Attention(nnx.Module):
             nnx.Param(jnp.zeros(heads), axes="h") if config.learned_sinks else None
         )
         self.mixer = _mixer(config, Sizes(width, heads, kv_heads, c), rngs=rngs)
+
+    def _extras(self, heads: int, kv_heads: int, c: int, width: int) -> None:
+        """Make the norms and biases that the config asks for: ones, and zeros."""
+        config = self.config
+        if config.qk_norm and config.qk_norm_over == "head":
+            self.query_norm = nnx.Param(jnp.ones(c), axes="c")
+            self.key_norm = nnx.Param(jnp.ones(c), axes="c")
+        elif config.qk_norm:
+            self.query_norm = nnx.Param(jnp.ones((heads, c)), axes="h c")
+            self.key_norm = nnx.Param(jnp.ones((kv_heads, c)), axes="g c")
+        if config.qkv_biases:
+            self.query_bias = nnx.Param(jnp.zeros((heads, c)), axes="h c")
+            self.key_bias = nnx.Param(jnp.zeros((kv_heads, c)), axes="g c")
+            self.value_bias = nnx.Param(jnp.zeros((kv_heads, c)), axes="g c")
+        if config.out_bias:
+            self.out_bias = nnx.Param(jnp.zeros(width), axes="d")
 
     def __call__(
         self,
@@ -145,6 +159,8 @@ class Attention(nnx.Module):
         if cache is not None:
             values = jnp.where(cache.length <= k.shape[1], values, jnp.nan)
         out = jnp.einsum("bthc,hcd->btd", values, self.out[...].astype(x.dtype))
+        if self.config.out_bias:
+            out = out + self.out_bias[...].astype(x.dtype)[None, None]
         return Output(out, mixed.losses, mixed.metrics), cache
 
     def _project(
@@ -155,6 +171,12 @@ class Attention(nnx.Module):
             jnp.einsum("btd,dhc->bthc", x, w[...].astype(x.dtype))
             for w in (self.query, self.key, self.value)
         )
+        if self.config.qkv_biases:
+            biases = (self.query_bias, self.key_bias, self.value_bias)
+            q, k, v = (
+                a + bias[...].astype(x.dtype)[None, None]
+                for a, bias in zip((q, k, v), biases, strict=True)
+            )
         if self.config.key_conv:
             edge = self.config.key_conv - 1
             if recent is None:
@@ -163,10 +185,11 @@ class Attention(nnx.Module):
             k = key_conv(k, self.taps[...], before=recent, segments=segments)
             recent = line[:, line.shape[1] - edge :]
         if self.config.qk_norm:
-            q = head_norm(q, self.query_norm[...])
-            k = head_norm(k, self.key_norm[...])
-        theta = self.config.rope_theta
-        q, k = (rope(a, positions, theta=theta) for a in (q, k))
+            epsilon = self.config.norm_epsilon
+            q = head_norm(q, self.query_norm[...], epsilon=epsilon)
+            k = head_norm(k, self.key_norm[...], epsilon=epsilon)
+        turning = {"theta": self.config.rope_theta, "scaling": self.config.rope_scaling}
+        q, k = (rope(a, positions, **turning) for a in (q, k))
         return q, k, v, recent
 
 

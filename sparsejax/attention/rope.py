@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from sparsejax.attention.rope_scaling import RopeScaling
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["head_norm", "rope"]
@@ -15,16 +16,26 @@ COSINE = [(-1) ** n / math.factorial(2 * n) for n in range(6)]
 
 
 def head_norm(
-    x: Float[Array, "b t h c"], scale: Float[Array, " c"]
+    x: Float[Array, "b t h c"], scale: Float[Array, "*over c"], *, epsilon: float = 1e-6
 ) -> Float[Array, "b t h c"]:
-    """Divide by the root mean square over the head's width, in float32."""
-    wide = x.astype("float32")
-    wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
-    return (wide * scale[None, None, None]).astype(x.dtype)
+    """Divide by the root mean square over what ``scale`` covers, in float32.
+
+    Args:
+        scale: " c", a head's width, or "h c", all heads together.
+    """
+    wide, over = x.astype("float32"), tuple(range(-scale.ndim, 0))
+    square = jnp.square(wide).mean(over, keepdims=True)
+    wide = wide * jax.lax.rsqrt(square + epsilon)
+    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+    return (wide * scale.astype("float32")).astype(x.dtype)
 
 
 def rope(
-    x: Float[Array, "b t h c"], positions: Int[Array, "b t"], *, theta: float
+    x: Float[Array, "b t h c"],
+    positions: Int[Array, "b t"],
+    *,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> Float[Array, "b t h c"]:
     """Rotate channel pairs by angles proportional to the position.
 
@@ -33,6 +44,7 @@ def rope(
 
     Args:
         theta: the pairs' wavelengths run from ``2 pi`` to almost ``2 pi theta``.
+        scaling: changes the wavelengths for longer texts.
 
     Raises:
         ValueError: if the head width is odd.
@@ -44,8 +56,12 @@ def rope(
     if odd:
         raise ValueError(f"head width {x.shape[-1]}: rotary embedding needs pairs")
     rate = theta ** (-jnp.arange(half, dtype="float32") / half) / (2 * math.pi)
+    if scaling is not None:
+        rate = scaling.rates(rate, theta)
     turns = positions.astype("float32")[..., None, None] * rate[None, None, None]
     cos, sin = _on_circle(turns)
+    if scaling is not None and scaling.amplitude != 1:
+        cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
     a, b = x[..., :half].astype("float32"), x[..., half:].astype("float32")
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 

@@ -30,6 +30,7 @@ class MoEConfig:
         hidden: hidden width of each expert.
         router: a name of ``ROUTERS``.
         router_arguments: the router's own settings.
+        router_bias: whether the router's linear map has one, learned like its weight.
         router_width: width of the space in which cosines are taken.
         table: file with the expert of each id, for routers that look it up.
         dispatcher: a name of ``DISPATCHERS``.
@@ -61,6 +62,7 @@ class MoEConfig:
     hidden: int
     router: str = "softmax_top_k"
     router_arguments: dict[str, bool | int | float] = field(default_factory=dict)
+    router_bias: bool = False
     router_width: int = 64
     table: str | None = None
     dispatcher: str = "grouped"
@@ -173,6 +175,12 @@ class MoEConfig:
             "bias_rate",
             self.bias_rate,
             f"router={self.router!r} reads no bias; leave it none",
+        )
+        require(
+            not self.router_bias or self.score_source == "logits",
+            "router_bias",
+            self.router_bias,
+            f"router={self.router!r} has no linear map; leave it false",
         )
         require(
             ("table" in needs) == (self.table is not None),

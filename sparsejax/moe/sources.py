@@ -69,12 +69,17 @@ def _unit(x: Float[Array, "*shape d"]) -> Float[Array, "*shape d"]:
 
 def _linear(config: Any, width: int, rngs: nnx.Rngs) -> Variables:
     weight = 0.02 * jax.random.normal(rngs.params(), (width, config.experts))
-    return {"router": nnx.Param(weight, axes="d e")}
+    found: Variables = {"router": nnx.Param(weight, axes="d e")}
+    if config.router_bias:
+        found["router_bias"] = nnx.Param(jnp.zeros(config.experts), axes="e")
+    return found
 
 
 def _read_linear(owned: Owned, x: Array, config: Any) -> Array:
-    del config
-    return _rows(x.astype(jnp.float32) @ owned("router").astype(jnp.float32))
+    logits = _rows(x.astype(jnp.float32) @ owned("router").astype(jnp.float32))
+    if config.router_bias:
+        logits = logits + owned("router_bias").astype(jnp.float32)[None]
+    return logits
 
 
 def _noise(config: Any, width: int, rngs: nnx.Rngs) -> Variables:

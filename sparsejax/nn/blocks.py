@@ -33,18 +33,19 @@ def rms_norm(
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
     wide = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    return (y * wide).astype(x.dtype)
+    return (y * wide.astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square normalisation with a learned scale."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, epsilon: float = 1e-6) -> None:
         self.scale = nnx.Param(jnp.ones(width), axes="d")
+        self.epsilon = epsilon
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Normalise each token."""
-        return rms_norm(x, self.scale[...])
+        return rms_norm(x, self.scale[...], epsilon=self.epsilon)
 
 
 class GatedFeedForward(nnx.Module):
@@ -96,7 +97,7 @@ class Block(nnx.Module):
     def __init__(self, spec: LayerSpec, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.name = feed_forward_name(spec)
         scale = (2 * config.depth) ** -0.5  # keeps the residual stream's variance
-        self.attention_norm = RMSNorm(config.width)
+        self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.attention = Attention(
             spec.attention,
             config.width,
@@ -105,7 +106,7 @@ class Block(nnx.Module):
             init_scale=scale,
             rngs=rngs,
         )
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         layer = FEED_FORWARDS[spec.feed_forward.kind]
         setattr(
             self,

@@ -48,7 +48,9 @@ class ModelConfig:
     memory; those of kind ``memory_plus`` share one pool of values. ``remat`` says what
     the backward pass computes again: ``none`` keeps everything, ``full`` keeps the
     layers' inputs, ``dots`` keeps matrix products, ``names`` keeps what the layers
-    named.
+    named. The first ``dense_layers`` have a dense feed-forward of width
+    ``dense_hidden`` in place of experts. ``context_length`` is the number of tokens the
+    model is made for; none for any number.
     """
 
     depth: int
@@ -57,14 +59,22 @@ class ModelConfig:
     kv_heads: int
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: GatedConfig | MoEConfig
+    dense_layers: int = 0
+    dense_hidden: int = 0
     memory: AnyMemoryConfig | None = None
     memory_layers: tuple[int, ...] = ()
     tied: bool = True
+    embedding_scale: float | None = None  # on what is looked up; the root of the width
+    norm_epsilon: float = 1e-6
+    context_length: int | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: str = "none"
 
     def __post_init__(self) -> None:
-        for name in ("depth", "width", "heads", "kv_heads"):
+        scale = self.embedding_scale
+        fits = scale is None or scale > 0
+        require(fits, "embedding_scale", scale, "must be positive; or leave it none")
+        for name in ("depth", "width", "heads", "kv_heads", "norm_epsilon"):
             value = getattr(self, name)
             require(value > 0, name, value, "must be positive")
         grouped = self.heads % self.kv_heads == 0
@@ -77,6 +87,10 @@ class ModelConfig:
         )
         choose("remat", self.remat, dict.fromkeys(REMAT))
         self._check_memory()
+        self._check_dense()
+        context = self.context_length
+        some = context is None or context > 0
+        require(some, "context_length", context, "must be positive; or leave it none")
         other = self.ffn.leak if isinstance(self.ffn, MoEConfig) else None
         require(
             other is None or not self.attention.causal,
@@ -85,6 +99,23 @@ class ModelConfig:
             f"lets a token see later ones, in a causal model; take {other!r}, or set"
             " attention.causal=False",
         )
+
+    def _check_dense(self) -> None:
+        layers, experts = self.dense_layers, isinstance(self.ffn, MoEConfig)
+        require(
+            layers == 0 or (experts and 0 < layers < self.depth),
+            "dense_layers",
+            layers,
+            f"must be below depth={self.depth}, in a model of experts; 0 for none",
+        )
+        require(
+            (layers > 0) == (self.dense_hidden > 0),
+            "dense_hidden",
+            self.dense_hidden,
+            "must be positive exactly if there are dense_layers",
+        )
+        if layers:
+            choose("ffn.activation", self.ffn.activation, ACTIVATIONS)
 
     def _check_memory(self) -> None:
         layers = self.memory_layers
@@ -110,6 +141,11 @@ class ModelConfig:
             attention = replace(attention, **plain, arguments={}, selection={})
         if self.memory is not None and index in self.memory_layers:
             return LayerSpec(attention, self.memory)
+        if index < self.dense_layers:
+            dense = GatedConfig(
+                hidden=self.dense_hidden, activation=self.ffn.activation
+            )
+            return LayerSpec(attention, dense)
         return LayerSpec(attention, self.ffn)
 
 

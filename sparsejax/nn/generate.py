@@ -33,6 +33,16 @@ def draw(
     return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
 
 
+def check_length(model: Transformer, tokens: int) -> None:
+    """Raise ``ValueError`` for more tokens than the model is made for."""
+    most = model.config.context_length
+    if most is not None and tokens > most:
+        raise ValueError(
+            f"{tokens} tokens of prompt and continuation: the model is made for"
+            f" {most} (model.context_length); ask for fewer"
+        )
+
+
 def generate(
     model: Transformer,
     prompt: Int[Array, "b t"],
@@ -45,13 +55,15 @@ def generate(
     """Continue every prompt by ``tokens`` tokens.
 
     Raises:
-        ValueError: if temperature is negative or top_p is not in (0, 1].
+        ValueError: if temperature is negative, top_p is not in (0, 1], or there are
+            more tokens than the model is made for.
     """
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature={temperature}, top_p={top_p}: temperature must not be"
             " negative and top_p must be in (0, 1]"
         )
+    check_length(model, prompt.shape[1] + tokens)
     pick = functools.partial(draw, temperature=temperature, top_p=top_p)
     block = model.config.attention.block_kv
     capacity = -(-(prompt.shape[1] + tokens) // block) * block

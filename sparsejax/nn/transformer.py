@@ -53,7 +53,7 @@ class Transformer(nnx.Module):
                 rngs=rngs,
             )
         self.stacks = nnx.List(Stack(run, config, rngs=rngs) for run in runs(config))
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         if not config.tied:
             table = init(rngs.params(), (config.width, rows))
             self.unembedding = nnx.Param(table, axes="d v")
@@ -124,7 +124,10 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
         table = constrain(self.embedding[...], "v d")
-        x = table[tokens] * self.config.width**0.5
+        scale = self.config.embedding_scale
+        x = table[tokens]
+        if scale != 1:
+            x = x * (self.config.width**0.5 if scale is None else scale)
         return constrain(x.astype(self.config.dtype), "b t d")
 
     def _in_layer_order(self, asides: list[Any]) -> tuple[dict, dict]:

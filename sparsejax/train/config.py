@@ -64,6 +64,13 @@ class Config:
                 length,
                 f"must be divisible by model.attention.{name}={block}",
             )
+        context = self.model.context_length
+        require(
+            context is None or length <= context,
+            "data.seq_len",
+            length,
+            f"must not exceed model.context_length={context}",
+        )
         accumulate, batch = self.optim.accumulate, self.data.batch_size
         require(
             batch % accumulate == 0,

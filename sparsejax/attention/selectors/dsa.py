@@ -183,8 +183,9 @@ class DSA(nnx.Module):
         return {"indexer_keys": k}
 
     def _rotated(self, x: Array, positions: Array) -> Array:
-        cut, theta = self.options.rotated, self.config.rope_theta
-        turned = rope(x[..., :cut], positions, theta=theta)
+        cut, config = self.options.rotated, self.config
+        turning = {"theta": config.rope_theta, "scaling": config.rope_scaling}
+        turned = rope(x[..., :cut], positions, **turning)
         return jnp.concatenate([turned, x[..., cut:]], axis=-1)
 
     def queries(self, x: Array, positions: Array) -> tuple[Array, Array]:

@@ -177,8 +177,10 @@ class NSA(nnx.Module):
         )
         if self.config.qk_norm:
             pairs = zip(keys, self.key_norms[...], strict=True)
-            keys = [head_norm(k, scale) for k, scale in pairs]
-        keys = [rope(k, positions, theta=self.config.rope_theta) for k in keys]
+            epsilon = self.config.norm_epsilon
+            keys = [head_norm(k, scale, epsilon=epsilon) for k, scale in pairs]
+        turning = {"theta": self.config.rope_theta, "scaling": self.config.rope_scaling}
+        keys = [rope(k, positions, **turning) for k in keys]
         names = "compressed", "near"
         kept = {f"{n}_keys": k for n, k in zip(names, keys, strict=True)}
         return kept | {f"{n}_values": v for n, v in zip(names, values, strict=True)}

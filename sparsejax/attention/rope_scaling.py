@@ -1,0 +1,128 @@
+"""Rotary embedding beyond the trained length: slower rates, and an amplitude.
+
+A scaling is a frozen dataclass with ``rates(turns, theta)``, which gives the rates of
+``theta`` for longer texts, and ``amplitude``, which multiplies every rotated query and
+key. Rates are in turns a position, the fastest first.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import jax.numpy as jnp
+
+from sparsejax.config import require
+from sparsejax.typing import Array, Float
+
+__all__ = ["LinearScaling", "Llama3Scaling", "RopeScaling", "YarnScaling"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearScaling:
+    """Divide all positions by ``factor``.
+
+    Source: Chen et al. 2023, arXiv:2306.15595, Eq. 4.
+    """
+
+    kind: Literal["linear"] = "linear"
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "factor", self.factor, "must be at least 1")
+
+    @property
+    def amplitude(self) -> float:
+        """Nothing is amplified."""
+        return 1.0
+
+    def rates(self, turns: Float[Array, " c"], theta: float) -> Float[Array, " c"]:
+        """Turn so many times more slowly."""
+        del theta
+        return turns / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama3Scaling:
+    """Slow down what turns fewer than ``low`` times in the trained length.
+
+    What turns more than ``high`` times is left alone; between them the two are mixed,
+    linearly in the number of turns. This is how the checkpoints of Llama 3.1 are
+    stretched, from 8192 ``trained`` tokens by a ``factor`` of 8.
+    """
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float
+    low: float = 1.0
+    high: float = 4.0
+    trained: int = 8192
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "factor", self.factor, "must be at least 1")
+        require(self.low < self.high, "low", self.low, f"below high={self.high}")
+        require(self.trained > 0, "trained", self.trained, "must be positive")
+
+    @property
+    def amplitude(self) -> float:
+        """Nothing is amplified."""
+        return 1.0
+
+    def rates(self, turns: Float[Array, " c"], theta: float) -> Float[Array, " c"]:
+        """Mix kept and divided rates by the turns in the trained length."""
+        del theta
+        share = (self.trained * turns - self.low) / (self.high - self.low)
+        share = jnp.clip(share, 0, 1)
+        return turns * (share + (1 - share) / self.factor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class YarnScaling:
+    """Slow down what turns fewer than ``slow`` times in the trained length.
+
+    What turns more than ``fast`` times is left alone; between them the two are mixed,
+    linearly in the channel. Queries and keys grow by ``amplitude``, which by default is
+    ``1 + 0.1 ln factor``.
+
+    Attributes:
+        truncate: whether the mixing begins and ends at whole channels.
+        gain: the amplitude, if it is not the default.
+
+    Source: Peng et al. 2023, arXiv:2309.00071, Sec. 3.2-3.4.
+    """
+
+    kind: Literal["yarn"] = "yarn"
+    factor: float
+    slow: float = 1.0
+    fast: float = 32.0
+    trained: int
+    truncate: bool = True
+    gain: float | None = None
+
+    def __post_init__(self) -> None:
+        require(self.factor >= 1, "factor", self.factor, "must be at least 1")
+        require(self.slow < self.fast, "slow", self.slow, f"below fast={self.fast}")
+        require(self.trained > 0, "trained", self.trained, "must be positive")
+
+    @property
+    def amplitude(self) -> float:
+        """What queries and keys are multiplied by."""
+        return 1 + 0.1 * math.log(self.factor) if self.gain is None else self.gain
+
+    def _channel(self, turns: float, theta: float, half: int) -> float:
+        """Say which channel pair turns so many times in the trained length."""
+        return half * math.log(self.trained / (turns * 2 * math.pi)) / math.log(theta)
+
+    def rates(self, turns: Float[Array, " c"], theta: float) -> Float[Array, " c"]:
+        """Mix kept and divided rates by the channel."""
+        half = turns.shape[0]
+        first = self._channel(self.fast, theta, half)
+        last = self._channel(self.slow, theta, half)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, 2 * half - 1)
+        last = last + 1e-3 if first == last else last
+        share = (jnp.arange(half, dtype="float32") - first) / (last - first)
+        share = jnp.clip(share, 0, 1)
+        return turns * ((1 - share) + share / self.factor)
+
+
+RopeScaling = LinearScaling | Llama3Scaling | YarnScaling
