@@ -1,7 +1,9 @@
 """The world of the tests is strict: no silent promotion, no warning, eight devices."""
 
+import gc
 import os
 import zlib
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Programs here run for milliseconds: the time goes into compiling, and optimised code
@@ -29,6 +31,20 @@ hypothesis.settings.register_profile(
     "tests", derandomize=True, deadline=None, max_examples=20, database=None
 )
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_maps():
+    """Drop what a file has compiled before Linux refuses a process more memory maps.
+
+    A program takes some thirty of the 65530 that a process may have; at the limit the
+    compiler dies of a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_text().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ BENCHES = (
     "attention",
     "attention_gpu",
     "comparison",
+    "facts",
     "memory",
     "moe",
     "routers",

@@ -7,9 +7,7 @@ fingerprint of their config, are not run again.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
-from sparsejax.config import convert, fingerprint, override, read
-from sparsejax.train.config import Config
+from sparsejax.bench.runs import fingerprint_of, trained
+from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
 from sparsejax.train.metrics import read_metrics
 from sparsejax.train.plots import style
 
@@ -47,26 +44,13 @@ COLUMNS = {
 
 def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """Train one config with one seed in a process of its own; give its row."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", f"--config=configs/{name}.py"]
-        command += [f"--workdir={folder}/run", f"--config.seed={seed}", *overrides]
-        subprocess.run(command, cwd=ROOT, check=True)
-        workdir = Path(folder) / "run"
+    with trained(name, seed, overrides) as workdir:
         summary = json.loads((workdir / "summary.json").read_text())
         steps = read_metrics(workdir)[-1]["step"]
     row = {"config": name, "seed": seed, "steps": steps}
     row["fingerprint"] = fingerprint_of(name, seed, overrides)
     row |= {new: summary[old] for old, new in KEPT.items()}
     return row | provenance()
-
-
-def fingerprint_of(name: str, seed: int, overrides: list[str]) -> str:
-    """Fingerprint the config that a run will have."""
-    values = read(ROOT / "configs" / f"{name}.py")
-    for flag in [f"--config.seed={seed}", *overrides]:
-        path, _, text = flag.removeprefix("--config.").partition("=")
-        override(Config, values, path, text)
-    return fingerprint(convert(Config, values))
 
 
 def table(rows: list[dict[str, str]]) -> str:

