@@ -28,10 +28,10 @@ RANKS = {
     **dict.fromkeys(FAMILIES, 1),
     **dict.fromkeys(("data", "sharding"), 1),
     "nn": 2,
-    "interop": 3,
     "train": 3,
-    **dict.fromkeys(("bench", "papers", "sample"), 4),
-    "convert": 5,  # reads runs as sampling does
+    "interop": 4,  # writes runs
+    **dict.fromkeys(("bench", "papers", "sample"), 5),
+    **dict.fromkeys(("convert", "evaluate"), 6),  # read runs as sampling does
 }
 KERNEL_IMPORTS = {"jax", "jaxtyping", "numpy", "pallas_kernels"}
 ABOVE = {"configs", "notebooks", "tests", "train"}

@@ -1,0 +1,29 @@
+"""Checkpoints of other programs, in and out, exactly.
+
+``open_source`` opens a folder of Hugging Face's or a GGUF file, ``load_model`` makes
+our Transformer of it, ``export`` writes a folder. What a family of models looks like
+is a table in ``FAMILIES``.
+"""
+
+from pathlib import Path
+
+from sparsejax.interop.export import export
+from sparsejax.interop.families import FAMILIES, Family
+from sparsejax.interop.files import CheckpointFileError
+from sparsejax.interop.folder import open_folder
+from sparsejax.interop.load import Source, load_model
+
+__all__ = [
+    "FAMILIES",
+    "CheckpointFileError",
+    "Family",
+    "Source",
+    "export",
+    "load_model",
+    "open_source",
+]
+
+
+def open_source(path: str | Path) -> Source:
+    """Open a checkpoint, whichever it is; no number is read."""
+    return open_folder(Path(path))

@@ -1,0 +1,243 @@
+"""``config.json`` of a checkpoint to our ``ModelConfig``, and back.
+
+A family lists its fields: what each is called there, which of ours it is, and what the
+family takes where the file is silent. What it does not list changes the forward pass
+in a way that nobody here knows, and is refused by name. Back is the same list read the
+other way; a model is what a family can say exactly if there and back gives it again.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from sparsejax.config import ConfigError, convert, to_dict
+from sparsejax.interop.positions import (
+    Windows,
+    read_rope,
+    read_windows,
+    write_rope,
+    write_windows,
+)
+from sparsejax.nn.config import ModelConfig
+
+__all__ = [
+    "NEEDED",
+    "WORDS",
+    "Described",
+    "Field",
+    "Fields",
+    "describe",
+    "document",
+    "only",
+]
+
+NEEDED = object()
+WORDS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu",
+    "gelu_new": "gelu",
+    "relu": "relu",
+    "relu2": "squared_relu",
+}
+# What a file says besides, for training, for text, or for other programs.
+IDLE = frozenset(
+    {
+        *("architectures", "model_type", "transformers_version", "dtype"),
+        *("torch_dtype", "use_cache", "bos_token_id", "eos_token_id", "pad_token_id"),
+        *("initializer_range", "router_aux_loss_coef", "output_router_logits"),
+        *("router_jitter_noise", "is_llama_config", "_name_or_path"),
+        "transformers.js_config",
+        # Read apart from the list.
+        *("vocab_size", "max_position_embeddings"),
+        *("rope_theta", "rope_scaling", "rope_parameters"),
+    }
+)
+# Fields of ours that change speed, precision or training, and no exact output.
+FREE = frozenset(
+    {
+        *("remat", "dtype"),
+        *(f"attention.{x}" for x in ("block_q", "block_kv", "implementation")),
+        *(f"ffn.{x}" for x in ("dispatcher", "exchange", "router_width", "bias_rate")),
+        *("ffn.capacity_rounding", "ffn.capacity_priority"),
+        *("ffn.balance_weight", "ffn.z_weight"),
+    }
+)
+
+
+class Field(NamedTuple):
+    """A field of ``config.json``.
+
+    With ``paths`` it is those of ours; without, ``taken`` has the only values under
+    which the forward pass is the one described, all if there are none.
+    """
+
+    names: tuple[str, ...]  # the first is written
+    paths: tuple[str, ...] = ()
+    default: Any = NEEDED
+    taken: tuple[Any, ...] = ()
+    words: Mapping[Any, Any] = {}  # theirs to ours
+    times: str | None = None  # a path of ours that multiplies it
+    when: str | None = None  # a path of ours without which it means nothing
+
+
+class Fields(NamedTuple):
+    """All that a family's ``config.json`` says, and what needs no saying."""
+
+    listed: tuple[Field, ...]
+    facts: Mapping[str, Any]  # of ours, by path: true of every model of the family
+    windows: Windows = Windows()
+    theta: float = 10_000.0  # where the file is silent
+    scaling: Mapping[str, Any] | None = None  # likewise
+    context: int = 2048  # likewise
+
+
+class Described(NamedTuple):
+    """What a ``config.json`` describes."""
+
+    model: ModelConfig
+    vocabulary: int
+
+
+def only(name: str, *values: Any) -> Field:
+    """Take these values alone; the first where the file is silent."""
+    return Field((name,), default=values[0], taken=values)
+
+
+def describe(fields: Fields, there: Mapping[str, Any], *, source: str) -> Described:
+    """Read a ``config.json``.
+
+    Raises:
+        ConfigError: naming every field that is missing, unknown or of a value under
+            which the forward pass would be another.
+    """
+    faults = _unknown(fields, there)
+    values = dict(fields.facts)
+    for field in fields.listed:
+        try:
+            values |= _ours(field, there, values)
+        except ConfigError as error:
+            faults.append(str(error))
+    try:
+        values |= read_rope(there, fields.theta, fields.scaling, fields.context)
+        values |= read_windows(there, fields.windows, values.get("depth") or 0)
+    except ConfigError as error:
+        faults.append(str(error))
+    if faults:
+        raise ConfigError(f"{source}: " + "; ".join(faults))
+    values["context_length"] = there.get("max_position_embeddings", fields.context)
+    if values["kv_heads"] is None:
+        values["kv_heads"] = values["heads"]
+    if there.get("dtype", there.get("torch_dtype")) == "bfloat16":
+        values["dtype"] = "bfloat16"
+    model = convert(ModelConfig, _nested(values), f"{source}: model")
+    return Described(_explicit(model), there["vocab_size"])
+
+
+def document(fields: Fields, model: ModelConfig, vocabulary: int) -> dict[str, Any]:
+    """Write a ``config.json``, without the names of the architecture.
+
+    Raises:
+        ConfigError: if the family cannot say what the model is.
+    """
+    flat = _flat(to_dict(_explicit(model)))
+    there: dict[str, Any] = {"vocab_size": vocabulary}
+    for field in fields.listed:
+        there[field.names[0]] = _theirs(field, flat)
+    there["max_position_embeddings"] = model.context_length or fields.context
+    there |= write_rope(model.attention, there["max_position_embeddings"])
+    there |= write_windows(model, fields.windows)
+    wanted = _flat(to_dict(describe(fields, there, source="export").model))
+    wrong = [
+        f"model.{path}={flat.get(path)!r}, where it has {wanted.get(path)!r}"
+        for path in sorted(flat.keys() | wanted.keys())
+        if path not in FREE
+        and flat.get(path) != wanted.get(path)
+        and not (path == "context_length" and flat[path] is None)
+    ]
+    if wrong:
+        raise ConfigError(
+            "this family of models has no place for "
+            + "; ".join(wrong)
+            + ": export to another, or train with these values"
+        )
+    return there
+
+
+def _unknown(fields: Fields, there: Mapping[str, Any]) -> list[str]:
+    if there.get("quantization_config") is not None:
+        return ["its weights are quantized; take a checkpoint in 16 or 32 bits"]
+    known = {name for field in fields.listed for name in field.names}
+    known |= IDLE | set(fields.windows.names)
+    odd = sorted(
+        name for name, value in there.items() if name not in known and value is not None
+    )
+    if not isinstance(there.get("vocab_size"), int):
+        return ["vocab_size is missing"]
+    return [
+        f"{name}={there[name]!r} is not supported here and may change what the model"
+        " computes"
+        for name in odd
+    ]
+
+
+def _ours(
+    field: Field, there: Mapping[str, Any], values: Mapping[str, Any]
+) -> dict[str, Any]:
+    name = next((x for x in field.names if x in there), field.names[0])
+    value = there.get(name, field.default)
+    if value is NEEDED:
+        raise ConfigError(f"{name} is missing")
+    if not field.paths:
+        if field.taken and value not in field.taken:
+            legal = " or ".join(map(repr, field.taken))
+            raise ConfigError(f"{name}={value!r} is not supported here; only {legal}")
+        return {}
+    if field.words:
+        if value not in field.words:
+            legal = ", ".join(map(str, field.words))
+            raise ConfigError(f"{name}={value!r} is not supported here; only {legal}")
+        value = field.words[value]
+    if field.times:
+        value = (value or 0) * values.get(field.times, 0)
+    if field.when and not values.get(field.when):
+        value = 0
+    return dict.fromkeys(field.paths, value)
+
+
+def _theirs(field: Field, flat: Mapping[str, Any]) -> Any:
+    if not field.paths:
+        return field.default
+    value = flat.get(field.paths[0], field.default)
+    value = None if value is NEEDED else value
+    if field.times:
+        value = value // flat[field.times]
+    return next((there for there, x in field.words.items() if x == value), value)
+
+
+def _explicit(model: ModelConfig) -> ModelConfig:
+    """Write the head width out: files do, and two spellings would compare unequal."""
+    values = to_dict(model)
+    if values["attention"]["head_width"] is None:
+        values["attention"]["head_width"] = model.width // model.heads
+    return convert(ModelConfig, values, "model")
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for path, value in flat.items():
+        *sections, leaf = path.split(".")
+        here = nested
+        for name in sections:
+            here = here.setdefault(name, {})
+        here[leaf] = value
+    return nested
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,223 @@
+"""From a checkpoint to a model: no tensor is in memory twice.
+
+``load`` reads the config, compares all names and shapes with those that the model
+needs, and only then reads numbers: each device's piece of each parameter is filled from
+the mapped file, in the dtype that is wanted. A checkpoint is a ``Source``: a folder
+as Hugging Face's programs write it, or a GGUF file.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from sparsejax import tree
+from sparsejax.config import ConfigError, convert, to_dict
+from sparsejax.interop.families import FAMILIES, Family
+from sparsejax.interop.fields import describe
+from sparsejax.interop.layout import LAYER, Tensor, disk_shape, names_of, ours
+from sparsejax.nn.config import ModelConfig, runs
+from sparsejax.nn.transformer import Transformer
+from sparsejax.partition import parameter_spec
+from sparsejax.typing import PyTree
+
+__all__ = ["Need", "Source", "abstract", "family_of", "load_model", "needs"]
+
+NAMED = 12  # names that an error lists of each kind
+
+
+class Source(NamedTuple):
+    """A checkpoint: what its config says, and its tensors, read when they are used."""
+
+    path: Path
+    config: dict[str, Any]
+    tensors: Mapping[str, np.ndarray]
+
+
+class Need(NamedTuple):
+    """One of our parameters, and the tensors that it is."""
+
+    path: str
+    axes: str
+    tensor: Tensor
+    sizes: dict[str, int]  # by letter, as on disk
+    names: dict[tuple[int, ...], str]  # by our indices of layer and expert
+
+
+def family_of(config: Mapping[str, Any], source: Path) -> Family:
+    """Find the family of a ``config.json``.
+
+    Raises:
+        ConfigError: if it is of none that is known here.
+    """
+    found = config.get("architectures") or []
+    for family in FAMILIES.values():
+        if family.architecture in found:
+            return family
+    if not found and config.get("model_type") in FAMILIES:
+        return FAMILIES[config["model_type"]]
+    known = ", ".join(f"{x.architecture}" for x in FAMILIES.values())
+    raise ConfigError(
+        f"{source}: architectures={found!r} are not known here; known are {known}"
+    )
+
+
+def abstract(model: ModelConfig, vocabulary: int) -> Transformer:
+    """Build a model of shapes."""
+    return nnx.eval_shape(lambda: Transformer(model, vocabulary, rngs=nnx.Rngs(0)))
+
+
+def needs(
+    model: ModelConfig, vocabulary: int, family: Family, state: PyTree
+) -> Iterator[Need]:
+    """List what each variable of a model is in the family's checkpoints.
+
+    Raises:
+        ConfigError: for a variable that the family has no tensor for.
+    """
+    table = {tensor.path: tensor for tensor in family.tensors}
+    for path, variable in tree.variables(state).items():
+        inside, layers = _place(model, path)
+        if inside not in table:
+            raise ConfigError(
+                f"{path}: {family.architecture} has no such parameter; export to a"
+                " family that has, or train without it"
+            )
+        axes, shape = variable.get_metadata()["axes"], variable.get_value().shape
+        sizes = dict(zip(axes.split(), shape, strict=True))
+        if "v" in sizes:
+            sizes["v"] = vocabulary
+        names = names_of(table[inside], axes, layers, sizes.get("e", 0))
+        yield Need(path, axes, table[inside], sizes, dict(names))
+
+
+def _place(model: ModelConfig, path: str) -> tuple[str, list[int]]:
+    """Split off which layers a path is of: ``stacks/0/blocks/1/norm/scale``."""
+    parts = path.split("/")
+    if parts[0] != "stacks":
+        return path, []
+    run, block = runs(model)[int(parts[1])], int(parts[3])
+    layers = [run.start + block + n * len(run.period) for n in range(run.repeats)]
+    return LAYER + "/".join(parts[4:]), layers
+
+
+def load_model(
+    source: Source,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    compute: str | None = None,
+) -> Transformer:
+    """Read a checkpoint.
+
+    Args:
+        mesh: over which the parameters are cut as in training; the first device alone
+            if there is none.
+        dtype: of the parameters in memory.
+        compute: of the activations; what the checkpoint says if None.
+
+    Raises:
+        ConfigError: if the family is not known, its config asks for what is not
+            supported, or tensors are missing, unexpected or misshapen; all are named.
+    """
+    family = family_of(source.config, source.path)
+    model, vocabulary = describe(
+        family.fields, source.config, source=str(source.path / "config.json")
+    )
+    if compute is not None:
+        model = convert(ModelConfig, to_dict(model) | {"dtype": compute}, "model")
+    graph, state = nnx.split(abstract(model, vocabulary))
+    wanted = list(needs(model, vocabulary, family, state))
+    _check(source, wanted, tied=model.tied)
+    filled = {need.path: _filled(source, need, state, mesh, dtype) for need in wanted}
+    state = tree.map_with_path(lambda path, _: filled[path], state)
+    return nnx.merge(graph, state)
+
+
+def _check(source: Source, wanted: list[Need], *, tied: bool) -> None:
+    """Compare names and shapes before any number is read."""
+    shapes = {
+        name: disk_shape(need.tensor.layout, need.sizes)
+        for need in wanted
+        for name in need.names.values()
+    }
+    there = dict(source.tensors)
+    head, table = there.get("lm_head.weight"), there.get("model.embed_tokens.weight")
+    if tied and head is not None and table is not None:
+        del there["lm_head.weight"]  # written again by some programs
+        if head.shape != table.shape or not np.array_equal(head, table):
+            raise ConfigError(
+                f"{source.path}: tie_word_embeddings is true, but lm_head.weight is not"
+                " model.embed_tokens.weight; set it to false in config.json"
+            )
+    misshapen = [
+        f"{name} {there[name].shape} instead of {shape}"
+        for name, shape in shapes.items()
+        if name in there and there[name].shape != shape
+    ]
+    rest = [
+        n for n in there if n not in shapes and not n.endswith("rotary_emb.inv_freq")
+    ]
+    faults = {
+        "missing": [name for name in shapes if name not in there],
+        "unexpected": rest,
+        "misshapen": misshapen,
+    }
+    said = [f"{kind}: {_some(names)}" for kind, names in faults.items() if names]
+    if said:
+        raise ConfigError(f"{source.path}: tensors {'; '.join(said)}")
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(sorted(names)[:NAMED]) + more
+
+
+def _filled(
+    source: Source, need: Need, state: PyTree, mesh: Mesh | None, dtype: str
+) -> jax.Array:
+    """Make one parameter, each device's piece from the file."""
+    shape = tree.variables(state)[need.path].get_value().shape
+    if mesh is None:
+        sharding: Any = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    else:
+        sharding = NamedSharding(mesh, parameter_spec(need.axes))
+
+    def piece(index: Any) -> np.ndarray:
+        return block(source.tensors, need, shape, index, jnp.dtype(dtype))
+
+    return jax.make_array_from_callback(shape, sharding, piece)
+
+
+def block(
+    tensors: Mapping[str, np.ndarray],
+    need: Need,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    dtype: np.dtype,
+) -> np.ndarray:
+    """Read a part of one of our parameters; rows past the vocabulary are 0."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    piece = np.zeros([last - first for first, last in bounds], dtype)
+    letters = need.axes.split()
+    counted = len(next(iter(need.names)))  # leading axes that names count
+    for at, name in need.names.items():
+        inside = zip(at, bounds[:counted], strict=True)
+        if not all(first <= one < last for one, (first, last) in inside):
+            continue
+        whole = ours(tensors[name], need.tensor, need.axes, need.sizes)
+        cut = tuple(
+            slice(first, min(last, need.sizes[letter]))
+            for (first, last), letter in zip(
+                bounds[counted:], letters[counted:], strict=True
+            )
+        )
+        part = whole[cut]
+        where = tuple(one - first for one, (first, _) in zip(at, bounds, strict=False))
+        piece[where + tuple(slice(0, n) for n in part.shape)] = part
+    return piece

@@ -1,0 +1,198 @@
+"""Whatever is wrong with a checkpoint is named before a number is read."""
+
+import json
+import mmap
+import pickle
+
+import numpy as np
+import pytest
+
+from sparsejax.config import ConfigError, convert
+from sparsejax.interop import CheckpointFileError, export, load_model, open_source
+from sparsejax.interop.export import appears
+from sparsejax.interop.families import FAMILIES
+from sparsejax.interop.fields import describe, document
+from sparsejax.interop.files import read
+from sparsejax.interop.folder import INDEX, SINGLE
+from sparsejax.nn import ModelConfig
+from tests.interop.checkpoints import config_of, tensors_of, write_folder
+
+NORM = "model.norm.weight"
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A folder of a family, with its tensors or its config changed."""
+
+    def write(change=dict, *, shard_bytes=1 << 30, **config):
+        config = config_of("llama", **config)
+        tensors = tensors_of("llama", config_of("llama"))
+        folder = tmp_path / "hf"
+        return write_folder(folder, config, change(tensors), shard_bytes=shard_bytes)
+
+    return write
+
+
+def test_missing_unexpected_and_misshapen_tensors_are_named_together(written):
+    def change(tensors):
+        del tensors[NORM]
+        tensors[EMBEDDING] = tensors[EMBEDDING][:-1]
+        return tensors | {"model.layers.7.extra": np.zeros(3, np.float32)}
+
+    with pytest.raises(ConfigError) as found:
+        load_model(open_source(written(change)))
+    said = str(found.value)
+    assert f"missing: {NORM}" in said
+    assert "unexpected: model.layers.7.extra" in said
+    assert f"misshapen: {EMBEDDING} (69, 16) instead of (70, 16)" in said
+
+
+def test_rotations_that_old_programs_wrote_are_passed_over(written):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    load_model(open_source(written(lambda x: x | {name: np.zeros(4, np.float32)})))
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused(written):
+    with pytest.raises(ConfigError, match=r"lm_head.weight is not model.embed_tokens"):
+        load_model(open_source(written(tie_word_embeddings=True)))
+
+
+def test_a_tied_head_that_was_written_twice_is_read_once(written):
+    change = lambda x: x | {"lm_head.weight": x[EMBEDDING]}  # noqa: E731
+    load_model(open_source(written(change, tie_word_embeddings=True)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_bias": True}, "mlp_bias=True is not supported here; only False"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
+        ({"logit_scale": 2.0}, "logit_scale=2.0 is not supported here and may change"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "x of 'linear'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotations of all"),
+        ({"quantization_config": {"bits": 4}}, "weights are quantized"),
+        ({"architectures": ["BertModel"]}, r"\['BertModel'\] are not known here; .*Ll"),
+        ({"hidden_size": 18}, "heads=4: must divide width=18|misshapen"),
+    ],
+)
+def test_a_config_that_computes_something_else_is_refused(written, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_model(open_source(written(**changes)))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
+        (
+            "gpt_oss",
+            {
+                "num_hidden_layers": 3,
+                "layer_types": ["full_attention", "sliding_attention"] * 2,
+            },
+            "only windows in all layers, or in all but every n-th",
+        ),
+    ],
+)
+def test_what_a_family_can_say_but_not_do_here_is_refused(family, changes, message):
+    fields = FAMILIES[family].fields
+    with pytest.raises(ConfigError, match=message):
+        describe(fields, config_of(family, **changes), source="here")
+
+
+def test_all_faults_of_a_config_are_named_at_once(written):
+    with pytest.raises(ConfigError, match=r"attention_dropout=0.1 .*mlp_bias=True "):
+        load_model(open_source(written(mlp_bias=True, attention_dropout=0.1)))
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config_of("llama")))
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({}))
+    with pytest.raises(CheckpointFileError, match=r"pytorch_model\.bin: pickled"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [4, 60, -1])
+def test_a_file_that_was_cut_short_is_named(written, keep):
+    file = written() / SINGLE
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointFileError, match=r"model\.safetensors: .*cut short"):
+        open_source(file.parent)
+
+
+def test_numbers_of_a_kind_that_is_not_read_are_named(written):
+    file = written() / SINGLE
+    text = file.read_bytes()
+    file.write_bytes(text.replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(CheckpointFileError, match=r"kind I32; readable are F64"):
+        open_source(file.parent)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "..", ""])
+def test_an_index_that_points_outside_its_folder_is_refused(written, name):
+    folder = written(shard_bytes=4000)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][NORM] = name
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointFileError, match="not the name of a file in this"):
+        open_source(folder)
+
+
+def test_files_that_an_index_promises_are_missed_by_name(written):
+    folder = written(shard_bytes=4000)
+    (folder / "1.safetensors").unlink()
+    with pytest.raises(
+        CheckpointFileError, match=r"1\.safetensors of \d+ files are mi"
+    ):
+        open_source(folder)
+
+
+def test_an_empty_or_absent_folder_is_named(tmp_path):
+    with pytest.raises(CheckpointFileError, match=r"config\.json: is missing"):
+        open_source(tmp_path)
+    with pytest.raises(CheckpointFileError, match="no such folder"):
+        open_source(tmp_path / "nowhere")
+
+
+def test_a_model_that_a_family_cannot_say_is_not_exported(tmp_path):
+    values = {"depth": 1, "width": 16, "heads": 2, "kv_heads": 2, "ffn": {"hidden": 8}}
+    model = convert(ModelConfig, values)
+    with pytest.raises(ConfigError) as found:
+        document(FAMILIES["llama"].fields, model, 70)
+    said = str(found.value)
+    assert "model.attention.qk_norm=True, where it has False" in said
+    assert "model.embedding_scale=None, where it has 1.0" in said
+
+
+def test_a_family_that_does_not_exist_is_named(written, tmp_path):
+    model = load_model(open_source(written()))
+    with pytest.raises(ConfigError, match="did you mean 'llama'"):
+        export(model, tmp_path / "out", family="lama")
+
+
+def test_a_failed_export_leaves_nothing(written, tmp_path):
+    model = load_model(open_source(written()))
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(TypeError):
+        export(model, tmp_path / "out", family="llama", files={"tokenizer.json": 3})
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_there_is_not_written_over(tmp_path):
+    with pytest.raises(ConfigError, match="is there already"), appears(tmp_path):
+        pass
+
+
+def test_reading_a_file_reads_no_number(written):
+    file = written() / SINGLE
+    assert all(isinstance(owner(x), mmap.mmap) for x in read(file).values())
+
+
+def owner(x):
+    while isinstance(x, np.ndarray):
+        x = x.base
+    return x
