@@ -46,6 +46,7 @@ from tests.attention.selecting import (
     value,
     with_weights_of,
 )
+from tests.slowly import slowly
 
 
 def test_every_selector_is_tested():
@@ -160,7 +161,8 @@ def assert_alike(found, expected):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), **CLOSE)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+# Compiling for a mesh takes ten seconds and more: a pure selector, one with an indexer.
+@pytest.mark.parametrize("name", slowly(sorted(METHODS), but={"moba", "dsa"}))
 @pytest.mark.parametrize("shape", [{"fsdp": 2, "tensor": 2, "context": 2}], ids=str)
 def test_any_mesh_gives_the_values_and_gradients_of_one_device(name, shape):
     expected = slopes(name)

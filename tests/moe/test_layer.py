@@ -13,6 +13,7 @@ from sparsejax.config import ConfigError, FieldError, convert
 from sparsejax.moe import DISPATCHERS, MoE, MoEConfig, RouterBias, updated_bias
 from sparsejax.partition import MESH_AXES
 from sparsejax.tree import axes_of
+from tests.slowly import slowly
 
 WIDTH = 16
 DROPLESS = {"dense": {}, "grouped": {}, "capacity": {"capacity_factor": 100.0}}
@@ -75,6 +76,7 @@ CASES = [(name, "grouped") for name in MESHES if name != "expert 4"] + [
     ("data 2, expert 2, tensor 2", "capacity"),
     ("data 2, expert 2, tensor 2", "dense"),
 ]
+QUICK = {("expert 4", "capacity"), ("data 2, expert 2, tensor 2", "grouped")}
 
 
 def mesh_of(shape):
@@ -98,7 +100,7 @@ def everything(dispatcher):
     return step(state, tokens(), valid)
 
 
-@pytest.mark.parametrize(("shape", "dispatcher"), CASES)
+@pytest.mark.parametrize(("shape", "dispatcher"), slowly(CASES, but=QUICK))
 def test_any_mesh_equals_one_device(shape, dispatcher):
     """Values, drops, statistics and the gradients of tokens, router and experts."""
     alone = everything(dispatcher)

@@ -52,6 +52,7 @@ def state_of(state):
     return state.params, state.opt.tables
 
 
+@pytest.mark.slow
 def test_rows_of_a_shared_pool_are_the_dense_step():
     dense = trained(toy.toy(**PLAIN, optim=OPTIM), 3, toy.one_device())
     rows = trained(toy.toy(**PLAIN, optim=ROWS), 3, toy.one_device())
