@@ -2,37 +2,60 @@ r"""Conversions of trained runs: a checkpoint in, a checkpoint or a file out.
 
     python -m sparsejax.convert upcycle --workdir=RUN --experts=8 --per_token=2 \
         --out=NEW
+    python -m sparsejax.convert finetune --workdir=RUN --out=NEW \
+        --config.data.name=countries --config.optim.tables=sgd \
+        --config.optim.table_rows=500
     python -m sparsejax.convert table --workdir=RUN --kind=balanced --experts=8 \
         --out=FILE
 
 ``upcycle`` begins a run of routed experts with the weights of a dense one; going on
 with it is training with the same config but for ``model.ffn``, in the new workdir.
+``finetune`` begins a run of another config, on other text say, with the weights of a
+trained one. With ``optim.table_rows`` it counts which rows of its memories the old text
+reads, and freezes all else unless ``optim.rates`` are given: what a step then moves are
+the rows that are specific to its batch.
 ``table`` writes the expert of each id for ``--config.model.ffn.router=hash_table``.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsejax.config import ConfigError, convert, fingerprint, near, to_dict
+from sparsejax.config import (
+    ConfigError,
+    convert,
+    fingerprint,
+    near,
+    override,
+    to_dict,
+)
+from sparsejax.data import open_data
+from sparsejax.memory.specific import rarity
 from sparsejax.moe import TABLES, MoEConfig
 from sparsejax.nn.config import GatedConfig
+from sparsejax.nn.transformer import Transformer
 from sparsejax.nn.upcycle import upcycled
 from sparsejax.sample import load
 from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.checkpoint import CheckpointError, Checkpoints
 from sparsejax.train.config import FREE, Config
 from sparsejax.train.loop import Trainer
+from sparsejax.train.optim import OptimConfig
+from sparsejax.train.step import State
+from sparsejax.train.tables import Tables, TableState
 from sparsejax.train.workdir import open_workdir
-from sparsejax.typing import PyTree
+from sparsejax.typing import Array
 
-__all__ = ["main", "upcycle"]
+__all__ = ["finetune", "main", "upcycle"]
 
 
 def upcycle(
@@ -69,31 +92,105 @@ def upcycle(
         activation=dense.activation,
         router_arguments={} if renormalize else {"renormalize": False},
     )
-    before = convert(
-        Config, json.loads((workdir / "config.json").read_text())["config"]
-    )
+    before = config_of(workdir)
     config = dataclasses.replace(
         before, model=dataclasses.replace(before.model, ffn=ffn), masked=None
     )
     key = jax.random.key(config.seed)
     sparse = upcycled(model, config.model, key=key, drop=drop)
-    _write(config, nnx.state(sparse, nnx.Param), out)
+    params = nnx.state(sparse, nnx.Param)
+    _write(config, lambda trainer: trainer.init()._replace(params=params), out)
     return config
 
 
-def _write(config: Config, params: PyTree, out: Path) -> None:
-    """Save parameters as step 0 of a new run, its optimiser and data at the start."""
+def _write(config: Config, begin: Callable[[Trainer], State], out: Path) -> None:
+    """Save a state as step 0 of a new run, its data at the start."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     values = to_dict(config)
     home = open_workdir(out, values, fingerprint(config), free=FREE)
     with home, jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
-        state = trainer.init()._replace(params=params)
+        state = begin(trainer)
         checkpoints = Checkpoints(home.path / "checkpoints", keep=1)
         position = trainer.data.train.state()
         checkpoints.save(0, state, data=position, config=values, blocking=True)
         checkpoints.close()
         trainer.data.train.close()
+
+
+def finetune(
+    workdir: Path, out: Path, *, batches: int, overrides: Sequence[str]
+) -> Config:
+    """Write, as step 0 of a new run, a run's model under another config.
+
+    Args:
+        workdir: of the run; its newest whole checkpoint is read.
+        out: of the new run.
+        batches: of the run's own training text in which reads of rows are counted.
+        overrides: of the run's config, as ``--config.path=value``.
+
+    Raises:
+        ConfigError: if an override is none, changes the model, or asks for masks; if
+            there is a run in ``out``.
+    """
+    before = config_of(workdir)
+    values = to_dict(before)
+    for flag in overrides:
+        path, equals, text = flag.removeprefix("--config.").partition("=")
+        if not equals or not flag.startswith("--config."):
+            raise ConfigError(f"{flag}: not of the form --config.PATH=VALUE")
+        override(Config, values, path, text)
+    config = convert(Config, values)
+    if config.model != before.model:
+        raise ConfigError("--config.model: must stay what it is; its weights are kept")
+    if config.masked is not None:
+        raise ConfigError("--config.masked: weights stay as they are; set it to none")
+    model, _ = load(workdir)
+    if config.optim.table_rows is not None and not config.optim.rates:
+        config = dataclasses.replace(config, optim=_frozen(config, model))
+
+    def begin(trainer: Trainer) -> State:
+        state = trainer.step.begin(*nnx.split(model, nnx.Param, ...)[1:])
+        if config.optim.table_rows is None:
+            return state
+        return _with_rarity(state, _seen(before, trainer, state, batches), batches)
+
+    _write(config, begin, out)
+    return config
+
+
+def _frozen(config: Config, model: Transformer) -> OptimConfig:
+    """Let only the tables move, and nothing decay."""
+    params = nnx.state(model, nnx.Param)
+    paths = Tables(config.optim, config.train.steps, params).rates
+    tables = "|".join(f"^{re.escape(path)}$" for path in paths)
+    rates = {tables: 1.0, "": 0.0}
+    return dataclasses.replace(config.optim, rates=rates, weight_decay=0.0)
+
+
+def _seen(
+    before: Config, trainer: Trainer, state: State, batches: int
+) -> dict[str, Array]:
+    """Count, for each row of each table, the batches of a run's text that read it."""
+    data = open_data(before.data, seed=before.seed)
+    reads = jax.jit(trainer.step.reads)
+    seen: dict[str, Array] = {}
+    for _ in range(batches):
+        counts = reads(state, next(data.train))
+        for path, count in counts.items():
+            now = (count > 0).astype(jnp.int32)
+            seen[path] = seen[path] + now if path in seen else now
+    data.close()
+    return seen
+
+
+def _with_rarity(state: State, seen: dict[str, Array], batches: int) -> State:
+    tables: TableState = state.opt.tables
+    rare = {
+        path: kept.replace(rarity(seen[path], batches).reshape(kept.get_value().shape))
+        for path, kept in tables.rarity.items()
+    }
+    return state._replace(opt=state.opt._replace(tables=tables._replace(rarity=rare)))
 
 
 def table(workdir: Path, out: Path, *, kind: str, experts: int, batches: int) -> None:
@@ -118,15 +215,19 @@ def table(workdir: Path, out: Path, *, kind: str, experts: int, batches: int) ->
 
 def _counts(workdir: Path, ids: int, batches: int) -> np.ndarray:
     """Count each id in the first batches of a run's training data."""
-    values = json.loads((workdir / "config.json").read_text())["config"]
-    trainer = Trainer(convert(Config, values), make_mesh(MeshConfig()))
+    data = open_data((before := config_of(workdir)).data, seed=before.seed)
     counts = np.zeros(ids, np.int64)
     for _ in range(batches):
-        batch = next(trainer.data.train)
+        batch = next(data.train)
         tokens = np.asarray(batch.tokens)[np.asarray(batch.segments) > 0]
         counts += np.bincount(tokens, minlength=ids)
-    trainer.data.train.close()
+    data.close()
     return counts
+
+
+def config_of(workdir: Path) -> Config:
+    """Read the config of a run."""
+    return convert(Config, json.loads((workdir / "config.json").read_text())["config"])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,10 +235,13 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("upcycle", help="experts from a dense run")
     two = commands.add_parser("table", help="the expert of each id")
-    for command in (one, two):
+    three = commands.add_parser("finetune", help="a run that begins with another's end")
+    for command in (one, two, three):
         command.add_argument("--workdir", type=Path, required=True)
-        command.add_argument("--experts", type=int, required=True)
         command.add_argument("--out", type=Path, required=True)
+    for command in (one, two):
+        command.add_argument("--experts", type=int, required=True)
+    three.add_argument("--batches", type=int, default=100, help="to count reads in")
     one.add_argument("--per_token", type=int, required=True)
     one.add_argument("--drop", type=float, default=0.0, help="share drawn again")
     one.add_argument("--no-renormalize", dest="renormalize", action="store_false")
@@ -148,8 +252,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Convert; 2 if it could not be done."""
-    flags = vars(_parser().parse_args(argv))
-    command = {"upcycle": upcycle, "table": table}[flags.pop("command")]
+    known, overrides = _parser().parse_known_args(argv)
+    flags = vars(known)
+    name = flags.pop("command")
+    command = {"upcycle": upcycle, "table": table, "finetune": finetune}[name]
+    if name == "finetune":
+        flags["overrides"] = overrides
+    elif overrides:
+        _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
         command(flags.pop("workdir"), flags.pop("out"), **flags)
     except (CheckpointError, ValueError) as error:

@@ -14,6 +14,7 @@ from sparsejax.moe import GatedExperts
 from sparsejax.sample import load
 from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.loop import train
+from sparsejax.tree import leaves
 from tests.train.toy import toy
 
 
@@ -90,3 +91,40 @@ def test_what_cannot_be_converted_is_refused(dense_run, tmp_path, capsys):
         assert convert.main(flags) == 2
         assert message in capsys.readouterr().err
     assert GatedExperts._fields[:3] == ("gate", "up", "down")  # what is copied, by name
+
+
+@pytest.mark.slow  # three programs to compile
+def test_finetuning_moves_what_is_specific_and_freezes_all_else(tmp_path):
+    every = {"steps": 3, "eval_every": 3, "save_every": 3, "log_every": 1}
+    config = toy(
+        model={"ffn": {"kind": "gated", "hidden": 16}},
+        masked=None,
+        train={**every, "eval_batches": 1, "sample_tokens": 2},
+    )
+    train(config, tmp_path / "run")
+    flags = [f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'new'}"]
+    flags += ["--batches=2", "--config.optim.tables=sgd", "--config.seed=3"]
+    flags += ["--config.optim.table_rows=2", "--config.optim.clip=none"]
+    assert convert.main(["finetune", *flags]) == 0
+    before, after = load(tmp_path / "run")[0], load(tmp_path / "new")[0]
+    a, b = (leaves(nnx.state(x, nnx.Param)) for x in (before, after))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+    new = convert.config_of(tmp_path / "new")
+    assert new.seed == 3
+    assert train(new, tmp_path / "new")["finished"]
+    c = leaves(nnx.state(load(tmp_path / "new")[0], nnx.Param))
+    for path, x in c.items():
+        rows = (np.asarray(x) != np.asarray(a[path])).any(-1)
+        most = 2 * new.train.steps if path.endswith("memory/values") else 0
+        assert (rows.sum() > 0) == (most > 0), path
+        assert rows.sum() <= most, path
+
+
+def test_finetuning_refuses_another_model_and_what_is_no_override(dense_run, tmp_path):
+    _, workdir = dense_run
+    flags = [f"--workdir={workdir}", f"--out={tmp_path / 'new'}"]
+    for flag in ("--config.model.depth=3", "--config.seed", "--seed=3"):
+        assert convert.main(["finetune", *flags, flag]) == 2
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(SystemExit):
+        convert.main(["upcycle", *flags, "--experts=4", "--per_token=2", "--seed=3"])

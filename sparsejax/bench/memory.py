@@ -120,7 +120,7 @@ def by_rows(graph: Any, params: PyTree, optim: OptimConfig) -> tuple[PyTree, Any
             return loss_of(graph, armed, x, target)
 
         grads, told = jax.grad(loss, (0, 1))(rest, sinks)
-        rows = tables.gradients(params, told)
+        rows = tables.gradients(params, about, told)
         updates, opt, factor = tables.clipped(optimizer, grads, opt, rest, rows)
         moved, about, _ = tables.update(params, about, rows, step=count, factor=factor)
         rest: Any = optax.apply_updates(rest, updates)

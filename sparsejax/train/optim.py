@@ -86,6 +86,8 @@ class OptimConfig:
     # how tables that are read by rows follow theirs: as all else does, or by rows
     tables: str | None = None  # none, or a key of sparsejax.memory.lazy.RULES
     table_arguments: dict[str, float] = field(default_factory=dict)  # of that rule
+    # rows of each layer that a step may move, the most specific; none: all it has read
+    table_rows: int | None = None
 
     def __post_init__(self) -> None:
         choose("name", self.name, OPTIMIZERS)
@@ -255,6 +257,13 @@ def _check_tables(config: OptimConfig) -> None:
     require(not eager, "tables", name, rule)
     if name is not None:
         choose("tables", name, lazy.RULES)
+    rows = config.table_rows
+    require(
+        rows is None or (rows > 0 and name is not None),
+        "table_rows",
+        rows,
+        "must be positive, and is for tables that follow by rows: set optim.tables",
+    )
     known = inspect.signature(lazy.RULES[name]).parameters if name else {}
     legal = [n for n, x in known.items() if x.kind is x.KEYWORD_ONLY]
     for argument, value in config.table_arguments.items():

@@ -117,6 +117,10 @@ class Step:
     def init(self, key: Array) -> State:
         """Draw the parameters and start the optimiser."""
         _, params, variables = nnx.split(self._model(key), nnx.Param, ...)
+        return self.begin(params, variables)
+
+    def begin(self, params: PyTree, variables: PyTree) -> State:
+        """Start the optimiser on parameters that were made elsewhere."""
         if self.tables is None:
             opt = self.optimizer.init(params)
         else:
@@ -179,6 +183,17 @@ class Step:
         model = self._armed(self._trained(state), None, state)
         return self._losses(model, batch)[0]
 
+    def reads(self, state: State, batch: Batch) -> dict[str, Float[Array, "l m"]]:
+        """Count how often a batch reads each row of each table, by its path.
+
+        Raises:
+            ValueError: if no table is trained by rows.
+        """
+        if self.tables is None:
+            raise ValueError("optim.tables=None: reads are not counted; name a rule")
+        _, _, (_, told) = self._gradients(state, batch)
+        return self.tables.counts(state.params, told)
+
     def train(self, state: State, batch: Batch) -> tuple[State, dict[str, Array]]:
         """Take one optimiser step."""
         losses, aside, grads = self._gradients(state, batch)
@@ -209,8 +224,8 @@ class Step:
             updates, opt = self.optimizer.update(grads, state.opt, state.params)
             params = optax.apply_updates(state.params, updates)
             return params, opt, (optax.tree.norm(grads), optax.tree.norm(updates))
-        rows = self.tables.gradients(state.params, told)
         rest, before = split(state.params)[1], state.opt
+        rows = self.tables.gradients(state.params, before.tables, told)
         updates, opt, factor = self.tables.clipped(
             self.optimizer, grads, before.rest, rest, rows
         )

@@ -18,6 +18,7 @@ from jax.tree_util import tree_map_with_path
 from sparsejax.config import ConfigError
 from sparsejax.memory import lazy
 from sparsejax.memory.rows import Rows, row_gradient
+from sparsejax.memory.specific import most_specific, read_counts
 from sparsejax.memory.table import Sink, arm, is_table, reads, sink_of
 from sparsejax.train.optim import OptimConfig, make_schedule
 from sparsejax.tree import path_name, variables
@@ -31,6 +32,7 @@ class TableState(NamedTuple):
 
     moments: dict[str, dict[str, nnx.Variable]]
     scale: dict[str, Float[Array, ""]]  # of tables that decay: times the stored rows
+    rarity: dict[str, nnx.Variable]  # of rows, where only specific ones may move
 
 
 class BothStates(NamedTuple):
@@ -60,6 +62,7 @@ class Tables:
         self.name = config.tables
         self.rule = partial(lazy.RULES[config.tables], **config.table_arguments)
         self.schedule = make_schedule(config, steps)
+        self.rows = config.table_rows
         self.rates = {path: _rate(config, path) for path in found}
         self.decays = {path: _decay(config, path) for path in found}
 
@@ -82,7 +85,10 @@ class Tables:
         found = variables(split(params)[0])
         moments = {p: lazy.moments_of(self.name, x) for p, x in found.items()}
         scale = {p: jnp.ones(()) for p in found if self.decays[p]}
-        return TableState(moments, scale)
+        rarity = {}
+        if self.rows is not None:
+            rarity = {path: _rarity(table) for path, table in found.items()}
+        return TableState(moments, scale, rarity)
 
     def sinks(self, params: PyTree, tokens: int) -> dict[str, Sink]:
         """Give what is differentiated in the place of the tables."""
@@ -110,16 +116,29 @@ class Tables:
 
         return _map(one, split(params)[0])
 
-    def gradients(self, params: PyTree, told: dict[str, Sink]) -> dict[str, Rows]:
-        """Sum what the reads of a step add to each row."""
+    def gradients(
+        self, params: PyTree, state: TableState, told: dict[str, Sink]
+    ) -> dict[str, Rows]:
+        """Sum what the reads of a step add to each row that may move."""
 
-        def one(variable: nnx.Variable, sink: Sink) -> Rows:
-            *layers, slots, _ = variable.get_value().shape
-            count = layers[0] if layers else 1
-            return row_gradient(reads(variable, sink), layers=count, slots=slots)
+        def one(path: str, variable: nnx.Variable) -> Rows:
+            layers, slots = _size(variable)
+            seen = reads(variable, told[path])
+            if self.rows is not None:
+                rare = state.rarity[path].get_value().reshape(layers, slots)
+                seen = most_specific(seen, rare, top=self.rows)
+            return row_gradient(seen, layers=layers, slots=slots)
 
-        found = variables(split(params)[0])
-        return {path: one(x, told[path]) for path, x in found.items()}
+        return {path: one(path, x) for path, x in variables(split(params)[0]).items()}
+
+    def counts(self, params: PyTree, told: dict[str, Sink]) -> dict[str, Array]:
+        """Count how often each row was read, by the path of its table."""
+
+        def one(path: str, variable: nnx.Variable) -> Array:
+            layers, slots = _size(variable)
+            return read_counts(reads(variable, told[path]), layers=layers, slots=slots)
+
+        return {path: one(path, x) for path, x in variables(split(params)[0]).items()}
 
     def clipped(
         self,
@@ -177,13 +196,29 @@ class Tables:
             return table.replace(value)
 
         tables = _map(one, split(params)[0])
-        return tables, TableState(moments, scale), jnp.sum(jnp.stack(squares))
+        return (
+            tables,
+            TableState(moments, scale, state.rarity),
+            jnp.sum(jnp.stack(squares)),
+        )
 
 
 def square_of(rows: dict[str, Rows]) -> Float[Array, ""]:
     """Sum the squares of all values."""
     parts = [jnp.sum(x.values * x.values) for x in rows.values()]
     return jnp.sum(jnp.stack(parts))
+
+
+def _size(table: nnx.Variable) -> tuple[int, int]:
+    """Layers of a table, and rows of each."""
+    *layers, slots, _ = table.get_value().shape
+    return (layers[0] if layers else 1), slots
+
+
+def _rarity(table: nnx.Variable) -> nnx.Variable:
+    """Start with rows that are all alike, cut over a mesh like the table."""
+    shape = (*table.get_value().shape[:-1], 1)
+    return nnx.Variable(jnp.ones(shape), axes=f"{table.axes.rpartition(' ')[0]} 1")
 
 
 def _map(function: Callable[..., nnx.Variable], tables: PyTree) -> PyTree:

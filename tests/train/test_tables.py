@@ -3,13 +3,17 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparsejax.config import ConfigError, FieldError, convert
+from sparsejax.memory import PEER, PEERConfig
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import Config
 from sparsejax.train.optim import OptimConfig
+from sparsejax.train.tables import Tables, split
 from sparsejax.tree import leaves
 from tests.train import toy
 
@@ -115,6 +119,53 @@ def test_rows_learn_under_masks(everything):
     assert int(np.max(moments["last"][...])) == 12
 
 
+def sum_of(graph, params, x):
+    return jnp.sum(nnx.merge(graph, params)(x).value)
+
+
+def moved_rows(rows, rare=None):
+    """The rows of each table that a step of a layer moves, and what it has read."""
+    config = PEERConfig(sub_keys=4, heads=2, per_head=2, key_width=4)
+    graph, params = nnx.split(PEER(config, 8, rngs=nnx.Rngs(0)))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 8))
+    optim = OptimConfig(learning_rate=0.1, tables="sgd", table_rows=rows)
+    tables = Tables(optim, 10, params)
+    state = tables.init(params)
+    if rare is not None:
+        kept = {path: old.replace(rare) for path, old in state.rarity.items()}
+        state = state._replace(rarity=kept)
+
+    def loss(sinks):
+        armed = tables.armed(params, state, sinks)
+        return sum_of(graph, nnx.merge_state(armed, split(params)[1]), x)
+
+    told = jax.grad(loss)(tables.sinks(params, 6))
+    about = {"step": jnp.zeros((), "int32"), "factor": jnp.ones(())}
+    found = tables.gradients(params, state, told)
+    after, before = leaves(tables.update(params, state, found, **about)[0]), params
+    before = {path: np.asarray(y) for path, y in leaves(before).items()}
+    moved = {p: (np.asarray(y) != before[p]).any(-1) for p, y in after.items()}
+    return moved, tables.counts(params, told)
+
+
+def test_a_step_moves_the_rows_that_are_specific_and_no_others():
+    every, counts = moved_rows(None)
+    assert len(every) == 2
+    for path, moved in every.items():
+        assert moved.sum() > 5
+        np.testing.assert_array_equal(moved, counts[path][0] > 0)
+    common = next(iter(counts.values()))[0] > 1
+    rare = jnp.where(common, 0.0, 1.0)[:, None]
+    few, _ = moved_rows(1, rare)
+    for path, moved in few.items():
+        assert moved.sum() == 1
+        assert not (moved & np.asarray(common)).any()
+        assert (every[path] | ~moved).all()
+    again, _ = moved_rows(16, rare)
+    for path, moved in again.items():
+        np.testing.assert_array_equal(moved, every[path])
+
+
 @pytest.mark.parametrize("name", ["lion", "muon", "adafactor", "momentum"])
 def test_a_rule_that_moves_unread_rows_is_refused(name):
     with pytest.raises(FieldError, match=f"tables={name!r}.*take one of adagrad"):
@@ -134,6 +185,13 @@ def test_a_rule_that_moves_unread_rows_is_refused(name):
 def test_arguments_that_no_rule_takes_are_refused(tables, arguments, message):
     with pytest.raises(FieldError, match=message):
         OptimConfig(learning_rate=0.1, tables=tables, table_arguments=arguments)
+
+
+@pytest.mark.parametrize("changes", [{"table_rows": 3}, {"table_rows": 0}])
+def test_rows_that_may_move_need_a_rule_and_a_number(changes):
+    tables = None if changes["table_rows"] else "sgd"
+    with pytest.raises(FieldError, match=r"table_rows=\d: must be positive"):
+        OptimConfig(learning_rate=0.1, tables=tables, **changes)
 
 
 def refused(values, message):
