@@ -30,8 +30,9 @@ COMPAT ?= tests/test_config.py tests/test_tree.py tests/test_partition.py \
 # $(call in,LEVEL) puts the environment's programs first; a failed set-up ends the recipe.
 in = set -e; python=$$(PYTHON='$(PYTHON)' .ci/environment $(1)); bin=$$(dirname $$python)
 pytest = $$python -m pytest -q
-# A file's tests stay together: they share what they have compiled.
-apart = -n $(JOBS) --dist loadfile
+# A file's tests stay together: they share what they have compiled. A worker that dies
+# ends the run: what it would have run would be lost without a word.
+apart = -n $(JOBS) --dist loadfile --max-worker-restart=0
 lint = $$bin/ruff format --check .; $$bin/ruff check .; $$bin/pyright --pythonpath $$python
 
 .PHONY: setup train test test-slow test-compat test-aot bench lint papers
