@@ -6,6 +6,8 @@ import zlib
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Two threads on a busy machine wait for each other longer than a small matrix takes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Programs here run for milliseconds: the time goes into compiling, and optimised code
 # takes twice as long to make.
 os.environ["XLA_FLAGS"] = " ".join(
