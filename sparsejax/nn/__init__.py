@@ -1,5 +1,6 @@
 """Models composed of the families."""
 
+from sparsejax.nn.compact import compact
 from sparsejax.nn.config import GatedConfig, LayerSpec, ModelConfig
 from sparsejax.nn.refresh import refreshed
 from sparsejax.nn.transformer import Hidden, Transformer
@@ -10,5 +11,6 @@ __all__ = [
     "LayerSpec",
     "ModelConfig",
     "Transformer",
+    "compact",
     "refreshed",
 ]
