@@ -6,6 +6,7 @@ with. Masks save parameters, not time: a masked matrix product is executed dense
 """
 
 from sparsejax.masked.allocations import Layer, by_path, erk, uniform
+from sparsejax.masked.block_sparse import BlockSparse, block_sparse_matmul
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.criteria import Evidence, gradient, magnitude, random, saliency
 from sparsejax.masked.estimators import masked, sr_ste, straight_through
@@ -79,6 +80,7 @@ __all__ = [
     "SCHEDULES",
     "STRUCTURES",
     "UPDATERS",
+    "BlockSparse",
     "Cost",
     "Evidence",
     "Layer",
@@ -88,6 +90,7 @@ __all__ = [
     "Rule",
     "SparseState",
     "Structure",
+    "block_sparse_matmul",
     "cost",
     "effective",
     "masks_of",
