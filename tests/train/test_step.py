@@ -5,6 +5,7 @@ import pytest
 
 from sparsejax.train.step import statistics
 from sparsejax.tree import leaves
+from tests.slowly import slowly
 from tests.train import toy
 
 # Ten units in the last place of a loss of 5: sums are in another order each step.
@@ -19,6 +20,19 @@ MESHES = {
     "data, expert, context": {"data": 2, "expert": 2, "context": 2},
 }
 
+COVERING = {"fsdp, expert, tensor", "data, expert, context"}
+
+# What concerns the step and not its layers is seen in the least of models.
+LEAST = {
+    "model": {
+        "depth": 1,
+        "ffn": {"kind": "gated", "hidden": 16},
+        "memory": None,
+        "memory_layers": (),
+    },
+    "masked": None,
+}
+
 
 @pytest.fixture(scope="module")
 def alone():
@@ -31,30 +45,26 @@ def test_the_loss_falls(alone):
     assert np.mean(losses[-4:]) < np.mean(losses[:4]) - 0.1
 
 
-# The mixtures cover all axes; an axis alone is one more compile, and slow.
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        pytest.param(mesh, id=name, marks=() if "," in name else pytest.mark.slow)
-        for name, mesh in MESHES.items()
-    ],
-)
-def test_every_mesh_agrees_with_one_device(mesh, alone):
-    losses, _ = toy.losses(toy.toy(mesh=mesh), 20)
+# Two mixtures cover all axes; every other mesh is one more compile, and slow.
+@pytest.mark.parametrize("name", slowly(MESHES, but=COVERING))
+def test_every_mesh_agrees_with_one_device(name, alone):
+    losses, _ = toy.losses(toy.toy(mesh=MESHES[name]), 20)
     np.testing.assert_allclose(losses, alone[0], rtol=0, atol=ROUNDING)
 
 
-def test_micro_batches_are_one_batch(alone):
-    # Means over a micro-batch enter the balance loss, so it is left out here.
-    plain = {"model": {**toy.TOY["model"], "ffn": {"kind": "gated", "hidden": 32}}}
+def test_micro_batches_are_one_batch():
+    # Means over a micro-batch enter the balance loss, so experts are left out here.
+    plain = {"model": {**LEAST["model"], "memory": toy.TOY["model"]["memory"]}}
+    plain["model"]["memory_layers"] = (0,)
     whole, _ = toy.losses(toy.toy(**plain), 6, toy.one_device())
     cut, _ = toy.losses(toy.toy(**plain, optim={"accumulate": 4}), 6, toy.one_device())
     np.testing.assert_allclose(cut, whole, rtol=0, atol=ROUNDING)
 
 
-def test_logits_in_chunks_are_the_same_loss(alone):
-    cut, _ = toy.losses(toy.toy(train={"loss_chunk": 8}), 4, toy.one_device())
-    np.testing.assert_allclose(cut, alone[0][:4], rtol=0, atol=ROUNDING)
+def test_logits_in_chunks_are_the_same_loss():
+    whole, _ = toy.losses(toy.toy(**LEAST), 4, toy.one_device())
+    cut, _ = toy.losses(toy.toy(**LEAST, train={"loss_chunk": 8}), 4, toy.one_device())
+    np.testing.assert_allclose(cut, whole, rtol=0, atol=ROUNDING)
 
 
 def test_a_step_is_traced_once(alone):
@@ -85,8 +95,7 @@ def test_evaluation_changes_nothing_and_counts_real_tokens():
 
 
 def test_the_first_statistic_that_is_not_finite_is_remembered():
-    config = toy.toy(masked=None)
-    _, state, train, _, mesh = toy.start(config, toy.one_device())
+    _, state, train, _, mesh = toy.start(toy.toy(**LEAST), toy.one_device())
     with jax.set_mesh(mesh):
         state, _ = train(state, toy.batch())
         assert state.fault.tolist() == [-1, -1]
@@ -101,7 +110,7 @@ def test_the_first_statistic_that_is_not_finite_is_remembered():
 
 def test_z_loss_pulls_the_normaliser_to_zero():
     def normaliser(weight):
-        config = toy.toy(masked=None, train={"z_loss": weight})
+        config = toy.toy(**LEAST, train={"z_loss": weight})
         _, state, train, evaluate, mesh = toy.start(config, toy.one_device())
         with jax.set_mesh(mesh):
             for index in range(8):
@@ -112,12 +121,11 @@ def test_z_loss_pulls_the_normaliser_to_zero():
     assert normaliser(1.0) < normaliser(0.0)
 
 
+@pytest.mark.slow  # three programs to compile
 def test_centroids_follow_their_members_on_every_mesh_alike():
     attention = {"selector": "routing", "selection": {"clusters": 4, "top": 8}}
-    sizes = {"block_q": 16, "block_kv": 16, "dense_every": 2}
-    model = {**toy.TOY["model"], "attention": attention | sizes}
-    model |= {"ffn": {"kind": "gated", "hidden": 16}, "memory": None}
-    model |= {"memory_layers": (), "depth": 4}
+    attention |= {"block_q": 16, "block_kv": 16}
+    model = {**LEAST["model"], "attention": attention, "depth": 2}
     mesh = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
 
     def centroids(devices=None, **changes):
