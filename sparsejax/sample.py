@@ -1,68 +1,108 @@
-"""Sample from a trained model: ``python -m sparsejax.sample --workdir=…``."""
+r"""Sample from a model, a trained run's or a checkpoint of another program's.
+
+    python -m sparsejax.sample --workdir=RUN
+    python -m sparsejax.sample --checkpoint=FOLDER --prompt="Once" --prompt="There was"
+
+Text appears as it is drawn; that of several prompts, drawn together, when all is done.
+"""
 
 import argparse
-import json
+import codecs
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from sparsejax.config import ConfigError, convert
+from sparsejax.config import ConfigError
+from sparsejax.interop import load_pretrained
+from sparsejax.nn.generate import stream
 from sparsejax.nn.transformer import Transformer
-from sparsejax.sharding import MeshConfig, make_mesh
-from sparsejax.train.checkpoint import CheckpointError, Checkpoints
-from sparsejax.train.config import Config
-from sparsejax.train.loop import Trainer
-from sparsejax.train.report import sample_text
+from sparsejax.train.checkpoint import CheckpointError
+from sparsejax.train.trained import alone, load
+
+__all__ = ["continued", "load", "load_any", "main"]
 
 
-def _alone() -> jax.sharding.Mesh:
-    """Make the mesh of sampling: one device, whatever the run was trained on."""
-    return make_mesh(MeshConfig(), jax.devices()[:1])
-
-
-def load(workdir: Path) -> tuple[Transformer, Any]:
-    """Restore the newest whole checkpoint of a run: its model and its tokenizer.
+def load_any(workdir: Path | None, checkpoint: str | None) -> tuple[Transformer, Any]:
+    """Load a run's newest checkpoint, or another program's: model and tokenizer.
 
     Raises:
-        ConfigError: if the workdir holds no run or no checkpoint.
+        ConfigError: unless exactly one is given, and is what it should be.
     """
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"--workdir={workdir}: no run here (config.json is missing)")
-    config = convert(Config, json.loads(file.read_text())["config"])
-    mesh = _alone()
-    with jax.set_mesh(mesh):
-        trainer = Trainer(config, mesh)
-        trainer.data.train.close()
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
-        found = checkpoints.restore(trainer.abstract)
-        checkpoints.close()
-        if found is None:
-            raise ConfigError(f"--workdir={workdir}: no checkpoint yet; train first")
-        return trainer.step.model(found.state), trainer.data.tokenizer
+    if (workdir is None) == (checkpoint is None):
+        raise ConfigError("give one of --workdir=RUN and --checkpoint=FOLDER")
+    return load(workdir) if workdir is not None else load_pretrained(checkpoint or "")
+
+
+def continued(
+    model: Transformer,
+    tokenizer: Any,
+    prompts: list[str],
+    *,
+    show: Callable[[str], Any] = str,
+    **options: Any,
+) -> list[str]:
+    """Return what follows each prompt.
+
+    Args:
+        show: called with each new piece of the first prompt's text, whole characters.
+        options: those of ``stream``.
+    """
+    ids = [tokenizer.prompt(prompt) for prompt in prompts]
+    drawn: list[list[int]] = [[] for _ in prompts]
+    shown = ""
+    for tokens in stream(model, ids, ends=tokenizer.ends, **options):
+        for row, token in zip(drawn, tokens.tolist(), strict=True):
+            if token >= 0 and token not in tokenizer.ends:
+                row.append(token)
+        text = tokenizer.decode(drawn[0])
+        # A character that is not whole yet ends in the mark for what is no text.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            show(text.removeprefix(shown))
+            shown = text
+    texts = [tokenizer.decode(row) for row in drawn]
+    show(texts[0].removeprefix(shown))
+    return texts
+
+
+def _written(text: str) -> str:
+    r"""Read ``\n`` and the like, which a shell passes on as two characters."""
+    return codecs.decode(text.encode("latin-1", "backslashreplace"), "unicode_escape")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, load, sample, and write the text to standard output."""
     parser = argparse.ArgumentParser(prog="python -m sparsejax.sample")
-    parser.add_argument("--workdir", type=Path, required=True)
-    parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--workdir", type=Path, help="of a trained run")
+    parser.add_argument("--checkpoint", help="a folder, a GGUF file, package:NAME")
+    parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--tokens", type=int, default=200, help="how many to draw")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus, in (0, 1]")
     parser.add_argument("--seed", type=int, default=0)
     flags = vars(parser.parse_args(argv))
-    workdir, prompt = flags.pop("workdir"), flags.pop("prompt")
+    prompts = [_written(text) for text in flags.pop("prompt") or ["The "]]
+    key = jax.random.key(flags.pop("seed"))
+
+    def show(text: str) -> None:
+        if len(prompts) == 1:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
     try:
-        model, tokenizer = load(workdir)
-        with jax.set_mesh(_alone()):
-            text = sample_text(model, tokenizer, prompt, **flags)
+        model, tokenizer = load_any(flags.pop("workdir"), flags.pop("checkpoint"))
+        show(prompts[0])
+        with jax.set_mesh(alone()):
+            texts = continued(model, tokenizer, prompts, show=show, key=key, **flags)
     except (CheckpointError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    sys.stdout.write(text + "\n")
+    if len(prompts) > 1:
+        both = zip(prompts, texts, strict=True)
+        sys.stdout.write("\n---\n".join(prompt + text for prompt, text in both))
+    sys.stdout.write("\n")
     return 0
 
 

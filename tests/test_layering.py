@@ -30,8 +30,8 @@ RANKS = {
     "nn": 2,
     "train": 3,
     "interop": 4,  # writes runs
-    **dict.fromkeys(("bench", "papers", "sample"), 5),
-    **dict.fromkeys(("convert", "evaluate"), 6),  # read runs as sampling does
+    **dict.fromkeys(("papers", "sample"), 5),
+    **dict.fromkeys(("bench", "convert", "evaluate"), 6),  # read runs as sampling does
 }
 KERNEL_IMPORTS = {"jax", "jaxtyping", "numpy", "pallas_kernels"}
 ABOVE = {"configs", "notebooks", "tests", "train"}

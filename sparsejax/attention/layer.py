@@ -104,12 +104,12 @@ class Attention(nnx.Module):
     def _extras(self, heads: int, kv_heads: int, c: int, width: int) -> None:
         """Make the norms and biases that the config asks for: ones, and zeros."""
         config = self.config
-        if config.qk_norm and config.qk_norm_over == "head":
-            self.query_norm = nnx.Param(jnp.ones(c), axes="c")
-            self.key_norm = nnx.Param(jnp.ones(c), axes="c")
-        elif config.qk_norm:
-            self.query_norm = nnx.Param(jnp.ones((heads, c)), axes="h c")
-            self.key_norm = nnx.Param(jnp.ones((kv_heads, c)), axes="g c")
+        if config.qk_norm:
+            q, k, over = (c,), (c,), ("c", "c")
+            if config.qk_norm_over == "heads":
+                q, k, over = (heads, c), (kv_heads, c), ("h c", "g c")
+            self.query_norm = nnx.Param(jnp.ones(q), axes=over[0])
+            self.key_norm = nnx.Param(jnp.ones(k), axes=over[1])
         if config.qkv_biases:
             self.query_bias = nnx.Param(jnp.zeros((heads, c)), axes="h c")
             self.key_bias = nnx.Param(jnp.zeros((kv_heads, c)), axes="g c")

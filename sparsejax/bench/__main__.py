@@ -11,6 +11,7 @@ BENCHES = (
     "attention_gpu",
     "comparison",
     "facts",
+    "interop",
     "memory",
     "moe",
     "routers",

@@ -18,8 +18,11 @@ class DataConfig:
     files: tuple[str, ...] = ()  # globs of .txt and .jsonl files, read instead of name
     text_field: str = "text"  # where a TFDS or .jsonl record keeps its text
     validation_every: int = 20  # one document in how many is held out
-    tokenizer: Literal["bytes", "bpe"] = "bytes"
-    vocab_size: int = 4096  # ids of the "bpe" tokenizer, its two specials included
+    tokenizer: Literal["bytes", "bpe", "file"] = "bytes"
+    # Ids of the "bpe" tokenizer, its two specials included, or of a model whose
+    # tokenizer is a "file".
+    vocab_size: int = 4096
+    tokenizer_file: str | None = None  # tokenizer.json of a pretrained model
     cache_dir: str | None = None  # default: $SPARSEJAX_CACHE, or ~/.cache/sparsejax
     prefetch: int = 2  # batches read ahead by a thread; 0 reads when asked
     threads: int = 1  # threads that tokenize; more pay off for "bpe" only
@@ -40,6 +43,12 @@ class DataConfig:
             "vocab_size",
             self.vocab_size,
             "must be at least 258: the 256 bytes and two specials",
+        )
+        require(
+            (self.tokenizer in ("bytes", "bpe")) == (self.tokenizer_file is None),
+            "tokenizer_file",
+            self.tokenizer_file,
+            "must be given exactly if tokenizer='file'",
         )
         require(bool(self.name), "name", self.name, "must not be empty")
         require(

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -17,6 +18,7 @@ from sparsejax.data.config import DataConfig
 from sparsejax.data.reader import Batch, Data, TrainIterator
 from sparsejax.data.sources import Documents, Splits, open_documents
 from sparsejax.data.tokenizer import ByteTokenizer, Tokenizer, trained_pairs
+from sparsejax.data.tokenizer_file import read_tokenizer
 
 __all__ = ["assemble"]
 
@@ -175,7 +177,12 @@ def _pairs(config: DataConfig, train: Documents) -> Tokenizer:
     )
 
 
-TOKENIZERS = {"bytes": _bytes, "bpe": _pairs}
+def _file(config: DataConfig, _: Documents) -> Tokenizer:
+    path = Path(config.tokenizer_file or "")
+    return read_tokenizer(path, vocab_size=config.vocab_size)
+
+
+TOKENIZERS = {"bytes": _bytes, "bpe": _pairs, "file": _file}
 
 
 def _fingerprint(

@@ -45,12 +45,21 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def ends(self) -> frozenset[int]:
+        """Ids after which a text is over."""
+        ...
+
+    @property
     def token_bytes(self) -> Int32[np.ndarray, " v"]:
         """How many bytes of text each id stands for; specials stand for none."""
         ...
 
     def encode(self, text: str | bytes) -> Int32[np.ndarray, " n"]:
         """Give the ids of a text, without specials."""
+        ...
+
+    def prompt(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Give the ids of a text that is to be continued, from its opening on."""
         ...
 
     def decode(self, ids: Iterable[int] | Int[np.ndarray, " n"]) -> str:
@@ -69,6 +78,7 @@ class ByteTokenizer:
     vocab_size = 258
     bos = 256
     pad = 257
+    ends = frozenset({256, 257})
 
     @property
     def token_bytes(self) -> Int32[np.ndarray, " v"]:
@@ -79,6 +89,10 @@ class ByteTokenizer:
         """Give the bytes of a text."""
         data = text if isinstance(text, bytes) else text.encode()
         return np.frombuffer(data, np.uint8).astype(np.int32)
+
+    def prompt(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Give the bytes of a text behind a BOS."""
+        return np.insert(self.encode(text), 0, self.bos)
 
     def decode(self, ids: Iterable[int] | Int[np.ndarray, " n"]) -> str:
         """Give the text of bytes; a character cut in half becomes a question mark."""
@@ -98,6 +112,8 @@ class PairTokenizer:
         self.vocab_size = vocab_size
         self.bos = vocab_size - 2
         self.pad = vocab_size - 1
+        self.ends = frozenset({self.bos, self.pad})
+        self.merges = merges
         self._pairs = tokenizers.Tokenizer.from_str(merges)
 
     @property
@@ -113,6 +129,10 @@ class PairTokenizer:
         text = text.decode() if isinstance(text, bytes) else text
         encoded = self._pairs.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoded[0].ids, np.int32)
+
+    def prompt(self, text: str) -> Int32[np.ndarray, " n"]:
+        """Give the ids of a text behind a BOS."""
+        return np.insert(self.encode(text), 0, self.bos)
 
     def decode(self, ids: Iterable[int] | Int[np.ndarray, " n"]) -> str:
         """Give the text of ids; a character cut in half becomes a question mark."""

@@ -5,13 +5,11 @@ our Transformer of it, ``export`` writes a folder. What a family of models looks
 is a table in ``FAMILIES``.
 """
 
-from pathlib import Path
-
 from sparsejax.interop.export import export
 from sparsejax.interop.families import FAMILIES, Family
 from sparsejax.interop.files import CheckpointFileError
-from sparsejax.interop.folder import open_folder
 from sparsejax.interop.load import Source, load_model
+from sparsejax.interop.pretrained import load_pretrained, open_source
 
 __all__ = [
     "FAMILIES",
@@ -20,10 +18,6 @@ __all__ = [
     "Source",
     "export",
     "load_model",
+    "load_pretrained",
     "open_source",
 ]
-
-
-def open_source(path: str | Path) -> Source:
-    """Open a checkpoint, whichever it is; no number is read."""
-    return open_folder(Path(path))

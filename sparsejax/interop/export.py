@@ -7,7 +7,7 @@ parameters it has no name for, are refused before a file is written.
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from flax import nnx
 
 from sparsejax import tree
 from sparsejax.config import ConfigError, near
-from sparsejax.interop.families import FAMILIES
+from sparsejax.interop.families import FAMILIES, Family
 from sparsejax.interop.fields import document
 from sparsejax.interop.files import Shape, plan, write
 from sparsejax.interop.folder import INDEX, SINGLE
@@ -80,25 +80,7 @@ def export(
         raise ConfigError(f"--family={family}: no such name{near(family, FAMILIES)}")
     about = FAMILIES[family]
     config = document(about.fields, model.config, model.vocabulary)
-    _, state = nnx.split(model)
-    found = list(needs(model.config, model.vocabulary, about, state))
-    by_name: dict[str, list[tuple[Need, tuple[int, ...]]]] = {}
-    for need in found:
-        for at, name in need.names.items():
-            by_name.setdefault(name, []).append((need, at))
-    kind = jnp.dtype(dtype)
-    shapes = {
-        name: Shape(disk_shape(parts[0][0].tensor.layout, parts[0][0].sizes), kind)
-        for name, parts in sorted(by_name.items())
-    }
-    arrays = tree.leaves(state)
-
-    def values(name: str) -> np.ndarray:
-        disk = np.zeros(*shapes[name])
-        for need, at in by_name[name]:
-            _put(disk, need, arrays[need.path][at])
-        return disk
-
+    shapes, values = _tensors(model, about, jnp.dtype(dtype))
     config |= {"architectures": [about.architecture], "model_type": family}
     config |= {"torch_dtype": dtype, **(ids or {})}
     with appears(out) as draft:
@@ -106,6 +88,31 @@ def export(
         for name, text in (files or {}).items():
             (draft / name).write_text(text, encoding="utf-8")
         _write(draft, shapes, plan(shapes, shard_bytes=shard_bytes), values)
+
+
+def _tensors(
+    model: Transformer, family: Family, dtype: np.dtype
+) -> tuple[dict[str, Shape], Callable[[str], np.ndarray]]:
+    """Say what is to be written, and how to make each of it."""
+    _, state = nnx.split(model)
+    arrays = tree.leaves(state)
+    parts: dict[str, list[tuple[Need, tuple[int, ...]]]] = {}
+    for need in needs(model.config, model.vocabulary, family, state):
+        for at, name in need.names.items():
+            parts.setdefault(name, []).append((need, at))
+    firsts = {name: found[0][0] for name, found in sorted(parts.items())}
+    shapes = {
+        name: Shape(disk_shape(need.tensor.layout, need.sizes), dtype)
+        for name, need in firsts.items()
+    }
+
+    def values(name: str) -> np.ndarray:
+        disk = np.zeros(*shapes[name])
+        for need, at in parts[name]:
+            _put(disk, need, arrays[need.path][at])
+        return disk
+
+    return shapes, values
 
 
 def _put(disk: np.ndarray, need: Need, value: jax.Array) -> None:

@@ -139,21 +139,14 @@ def document(fields: Fields, model: ModelConfig, vocabulary: int) -> dict[str, A
     Raises:
         ConfigError: if the family cannot say what the model is.
     """
-    flat = _flat(to_dict(_explicit(model)))
+    said = flat(to_dict(_explicit(model)))
     there: dict[str, Any] = {"vocab_size": vocabulary}
     for field in fields.listed:
-        there[field.names[0]] = _theirs(field, flat)
+        there[field.names[0]] = _theirs(field, said)
     there["max_position_embeddings"] = model.context_length or fields.context
     there |= write_rope(model.attention, there["max_position_embeddings"])
     there |= write_windows(model, fields.windows)
-    wanted = _flat(to_dict(describe(fields, there, source="export").model))
-    wrong = [
-        f"model.{path}={flat.get(path)!r}, where it has {wanted.get(path)!r}"
-        for path in sorted(flat.keys() | wanted.keys())
-        if path not in FREE
-        and flat.get(path) != wanted.get(path)
-        and not (path == "context_length" and flat[path] is None)
-    ]
+    wrong = differences(model, describe(fields, there, source="export").model)
     if wrong:
         raise ConfigError(
             "this family of models has no place for "
@@ -161,6 +154,17 @@ def document(fields: Fields, model: ModelConfig, vocabulary: int) -> dict[str, A
             + ": export to another, or train with these values"
         )
     return there
+
+
+def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Spell every field that differs and changes what the model computes."""
+    one, two = (flat(to_dict(_explicit(x))) for x in (model, other))
+    free = FREE | ({"context_length"} if one["context_length"] is None else set())
+    return [
+        f"model.{path}={one.get(path)!r}, where it has {two.get(path)!r}"
+        for path in sorted(one.keys() | two.keys())
+        if path not in free and one.get(path) != two.get(path)
+    ]
 
 
 def _unknown(fields: Fields, there: Mapping[str, Any]) -> list[str]:
@@ -204,13 +208,13 @@ def _ours(
     return dict.fromkeys(field.paths, value)
 
 
-def _theirs(field: Field, flat: Mapping[str, Any]) -> Any:
+def _theirs(field: Field, said: Mapping[str, Any]) -> Any:
     if not field.paths:
         return field.default
-    value = flat.get(field.paths[0], field.default)
+    value = said.get(field.paths[0], field.default)
     value = None if value is NEEDED else value
     if field.times:
-        value = value // flat[field.times]
+        value = value // said[field.times]
     return next((there for there, x in field.words.items() if x == value), value)
 
 
@@ -222,9 +226,9 @@ def _explicit(model: ModelConfig) -> ModelConfig:
     return convert(ModelConfig, values, "model")
 
 
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
-    for path, value in flat.items():
+    for path, value in values.items():
         *sections, leaf = path.split(".")
         here = nested
         for name in sections:
@@ -233,11 +237,12 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give nested values by dotted path."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
+            found |= flat(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = value
-    return flat
+            found[f"{prefix}{name}"] = value
+    return found

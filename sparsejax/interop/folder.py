@@ -32,9 +32,9 @@ def open_folder(path: Path) -> Source:
         raise CheckpointFileError(f"{path}: no such folder")
     config = read_json(path / "config.json")
     if (path / INDEX).is_file():
-        return Source(path, config, _sharded(path))
+        return _source(path, config, _sharded(path))
     if (path / SINGLE).is_file():
-        return Source(path, config, read(path / SINGLE))
+        return _source(path, config, read(path / SINGLE))
     if any(found := [p.name for kind in PICKLES for p in path.glob(kind)]):
         raise CheckpointFileError(
             f"{path}: {', '.join(sorted(found))}: pickled weights run whatever program"
@@ -42,6 +42,16 @@ def open_folder(path: Path) -> Source:
             " checkpoint in safetensors"
         )
     raise CheckpointFileError(f"{path}: neither {SINGLE} nor {INDEX} is here")
+
+
+def _source(path: Path, config: dict, tensors: Mapping[str, np.ndarray]) -> Source:
+    files = {
+        name: (path / name).read_text(encoding="utf-8")
+        for name in TOKENIZER_FILES
+        if (path / name).is_file()
+    }
+    shapes = {name: array.shape for name, array in tensors.items()}
+    return Source(path, config, shapes, tensors.__getitem__, files)
 
 
 def read_json(path: Path) -> dict[str, Any]:

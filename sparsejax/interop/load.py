@@ -6,7 +6,7 @@ the mapped file, in the dtype that is wanted. A checkpoint is a ``Source``: a fo
 as Hugging Face's programs write it, or a GGUF file.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,9 @@ class Source(NamedTuple):
 
     path: Path
     config: dict[str, Any]
-    tensors: Mapping[str, np.ndarray]
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], np.ndarray]
+    files: Mapping[str, str]  # texts of its tokenizer
 
 
 class Need(NamedTuple):
@@ -127,7 +129,7 @@ def load_model(
     """
     family = family_of(source.config, source.path)
     model, vocabulary = describe(
-        family.fields, source.config, source=str(source.path / "config.json")
+        family.fields, source.config, source=f"{source.path}: config"
     )
     if compute is not None:
         model = convert(ModelConfig, to_dict(model) | {"dtype": compute}, "model")
@@ -146,19 +148,19 @@ def _check(source: Source, wanted: list[Need], *, tied: bool) -> None:
         for need in wanted
         for name in need.names.values()
     }
-    there = dict(source.tensors)
-    head, table = there.get("lm_head.weight"), there.get("model.embed_tokens.weight")
-    if tied and head is not None and table is not None:
-        del there["lm_head.weight"]  # written again by some programs
-        if head.shape != table.shape or not np.array_equal(head, table):
+    there = dict(source.shapes)
+    head, table = "lm_head.weight", "model.embed_tokens.weight"
+    if tied and {head, table} <= there.keys():
+        del there[head]  # written again by some programs
+        if not np.array_equal(source.read(head), source.read(table)):
             raise ConfigError(
                 f"{source.path}: tie_word_embeddings is true, but lm_head.weight is not"
                 " model.embed_tokens.weight; set it to false in config.json"
             )
     misshapen = [
-        f"{name} {there[name].shape} instead of {shape}"
+        f"{name} {there[name]} instead of {shape}"
         for name, shape in shapes.items()
-        if name in there and there[name].shape != shape
+        if name in there and there[name] != shape
     ]
     rest = [
         n for n in there if n not in shapes and not n.endswith("rotary_emb.inv_freq")
@@ -189,13 +191,13 @@ def _filled(
         sharding = NamedSharding(mesh, parameter_spec(need.axes))
 
     def piece(index: Any) -> np.ndarray:
-        return block(source.tensors, need, shape, index, jnp.dtype(dtype))
+        return block(source.read, need, shape, index, jnp.dtype(dtype))
 
     return jax.make_array_from_callback(shape, sharding, piece)
 
 
 def block(
-    tensors: Mapping[str, np.ndarray],
+    read: Callable[[str], np.ndarray],
     need: Need,
     shape: tuple[int, ...],
     index: tuple[slice, ...],
@@ -210,7 +212,7 @@ def block(
         inside = zip(at, bounds[:counted], strict=True)
         if not all(first <= one < last for one, (first, last) in inside):
             continue
-        whole = ours(tensors[name], need.tensor, need.axes, need.sizes)
+        whole = ours(read(name), need.tensor, need.axes, need.sizes)
         cut = tuple(
             slice(first, min(last, need.sizes[letter]))
             for (first, last), letter in zip(

@@ -157,7 +157,7 @@ def write_windows(model: ModelConfig, windows: Windows) -> dict[str, Any]:
     if windows.switched:
         found |= {"use_sliding_window": window is not None, "max_window_layers": 0}
     if windows.where == "listed":
-        patterns = [model.layer(x).attention.pattern for x in range(model.depth)]
-        found["layer_types"] = [FULL if x == "causal" else SLIDING for x in patterns]
+        layers = [model.layer(index).attention for index in range(model.depth)]
+        found["layer_types"] = [SLIDING if x.arguments else FULL for x in layers]
         found["max_window_layers"] = 0 if window else model.depth
     return found

@@ -1,10 +1,16 @@
-"""Continue token sequences with a key-value cache; pure and jittable."""
+"""Continue token sequences with a key-value cache.
+
+``generate`` is pure and jittable; ``stream`` gives each token as soon as it is drawn,
+and takes prompts of different lengths.
+"""
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sparsejax.nn.transformer import Transformer
 from sparsejax.typing import Array, Float, Int, PRNGKeyArray, PyTree
@@ -58,11 +64,7 @@ def generate(
         ValueError: if temperature is negative, top_p is not in (0, 1], or there are
             more tokens than the model is made for.
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}: temperature must not be"
-            " negative and top_p must be in (0, 1]"
-        )
+    _check_drawing(temperature, top_p)
     check_length(model, prompt.shape[1] + tokens)
     pick = functools.partial(draw, temperature=temperature, top_p=top_p)
     block = model.config.attention.block_kv
@@ -79,3 +81,89 @@ def generate(
     keys = jax.random.split(key, tokens)
     _, chosen = jax.lax.scan(body, (last, prompt[:, -1], hidden.caches), keys)
     return chosen.T
+
+
+def _check_drawing(temperature: float, top_p: float) -> None:
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}: temperature must not be"
+            " negative and top_p must be in (0, 1]"
+        )
+
+
+def stream(
+    model: Transformer,
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    *,
+    tokens: int,
+    key: PRNGKeyArray,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    ends: frozenset[int] = frozenset(),
+) -> Iterator[Int[np.ndarray, " b"]]:
+    """Continue every prompt by up to ``tokens`` tokens, a step of all rows at a time.
+
+    All rows are read up to the end of the shortest prompt; from there each takes its
+    own prompt's tokens while there are any, and drawn ones after.
+
+    Args:
+        prompts: ids, at least one each.
+        ends: ids after which a row is over.
+
+    Yields:
+        The drawn token of each row; -1 where a row is in its prompt or over.
+
+    Raises:
+        ValueError: as ``generate`` does, and for an empty prompt.
+    """
+    _check_drawing(temperature, top_p)
+    lengths = np.array([len(prompt) for prompt in prompts])
+    if not len(lengths) or lengths.min() < 1:
+        raise ValueError("prompts: give at least one, of at least one token")
+    first, steps = int(lengths.min()), int(lengths.max() - lengths.min()) + tokens
+    check_length(model, int(lengths.max()) + tokens)
+    forced = np.full((len(prompts), first + steps), -1, np.int32)
+    for row, prompt in zip(forced, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    block = model.config.attention.block_kv
+    capacity = -(-(first + steps) // block) * block
+    caches = model.empty_caches(len(prompts), capacity)
+    logits, caches = _read(model, jnp.asarray(forced[:, :first]), caches)
+    how = {"temperature": temperature, "top_p": top_p}
+    over, previous = np.zeros(len(prompts), bool), forced[:, first - 1]
+    for index, key_ in enumerate(jax.random.split(key, steps)):
+        place = first + index
+        about = logits, jnp.asarray(previous), jnp.asarray(forced[:, place])
+        logits, caches, token = _step(model, about, caches, key_, **how)
+        previous = np.asarray(token)
+        drawing = ~over & (place >= lengths) & (place < lengths + tokens)
+        yield np.where(drawing, previous, -1)
+        over |= drawing & np.isin(previous, list(ends))
+        if over.all():
+            return
+
+
+@functools.partial(jax.jit, donate_argnames="caches")
+def _read(model: Transformer, tokens: Array, caches: PyTree) -> tuple[Array, PyTree]:
+    hidden = model(tokens, caches=caches)
+    return model.logits(hidden.value[:, -1:])[:, 0], hidden.caches
+
+
+@functools.partial(
+    jax.jit, donate_argnames="caches", static_argnames=("temperature", "top_p")
+)
+def _step(
+    model: Transformer,
+    about: tuple[Array, Array, Array],
+    caches: PyTree,
+    key: Array,
+    *,
+    temperature: float,
+    top_p: float,
+) -> tuple[Array, PyTree, Array]:
+    """Draw a token, or take the forced one, and read it."""
+    logits, previous, forced = about
+    drawn = draw(logits, key, temperature=temperature, top_p=top_p)
+    token = jnp.where(forced >= 0, forced, drawn)
+    hidden = model(token[:, None], previous=previous, caches=caches)
+    return model.logits(hidden.value)[:, 0], hidden.caches, token

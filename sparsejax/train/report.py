@@ -23,7 +23,7 @@ def sample_text(
     model: Transformer, tokenizer: Any, prompt: str, *, seed: int = 0, **options: Any
 ) -> str:
     """Return the prompt and its continuation; ``options`` are those of ``generate``."""
-    ids = np.concatenate([[tokenizer.bos], tokenizer.encode(prompt)]).astype(np.int32)
+    ids = np.asarray(tokenizer.prompt(prompt), np.int32)
     mesh = jax.sharding.get_abstract_mesh()
     rows = math.prod(mesh.shape.get(name, 1) for name in BATCH)  # one for each device
     draw = functools.partial(generate, key=jax.random.key(seed), **options)

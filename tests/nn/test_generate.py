@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,7 @@ from flax import nnx
 
 from sparsejax.attention import AttentionConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
-from sparsejax.nn.generate import draw, generate, nucleus
+from sparsejax.nn.generate import draw, generate, nucleus, stream
 from sparsejax.nn.transformer import Transformer
 
 VOCABULARY = 30
@@ -70,3 +72,45 @@ def test_impossible_options_are_refused(model, options):
             key=jax.random.key(0),
             **options,
         )
+
+
+def streamed(model, prompts, **options):
+    rows = [[] for _ in prompts]
+    drawn = stream(model, prompts, tokens=4, key=jax.random.key(0), **options)
+    for tokens in drawn:
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            row.extend([token] * (token >= 0))
+    return rows
+
+
+def test_prompts_of_several_lengths_continue_as_they_do_alone(model):
+    ids = np.arange(9, dtype=np.int32) % VOCABULARY
+    together = streamed(model, [ids[:5], ids[2:9]], temperature=0.0)
+    for prompt, found in zip((ids[:5], ids[2:9]), together, strict=True):
+        alone = generate(
+            model,
+            jnp.asarray(prompt[None]),
+            tokens=4,
+            key=jax.random.key(0),
+            temperature=0.0,
+        )
+        assert found == alone[0].tolist()
+
+
+def test_a_row_is_over_after_an_end(model):
+    ids = np.arange(5, dtype=np.int32)
+    whole = streamed(model, [ids], temperature=0.0)[0]
+    cut = streamed(model, [ids], temperature=0.0, ends=frozenset({whole[1]}))[0]
+    assert cut == whole[: whole.index(whole[1]) + 1]
+
+
+def test_more_tokens_than_the_model_is_made_for_are_refused(model):
+    short = Transformer(
+        dataclasses.replace(model.config, context_length=8),
+        VOCABULARY,
+        rngs=nnx.Rngs(0),
+    )
+    with pytest.raises(ValueError, match=r"9 tokens .* made for 8"):
+        streamed(short, [np.zeros(5, np.int32)])
+    with pytest.raises(ValueError, match="at least one"):
+        streamed(model, [np.zeros(0, np.int32)])

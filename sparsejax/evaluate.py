@@ -1,0 +1,278 @@
+r"""How well a model knows a text, and whether it finds what stands far back.
+
+    python -m sparsejax.evaluate --workdir=RUN
+    python -m sparsejax.evaluate --checkpoint=FOLDER --data.name=english --documents=50
+    python -m sparsejax.evaluate --checkpoint=FOLDER --tasks needle multi_key \
+        --lengths 256 1024
+
+Every token of a held-out document is scored once, after as many tokens before it as a
+window has; windows move by a stride. Bits per byte divides by the bytes of the text, so
+that tokenizers compare. A task is solved if each token of the answer is the likeliest.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.config import ConfigError, near
+from sparsejax.data import DataConfig
+from sparsejax.data.sources import open_documents
+from sparsejax.data.tasks import TASKS, at_length
+from sparsejax.nn.transformer import Transformer
+from sparsejax.sample import load_any
+from sparsejax.train.checkpoint import CheckpointError
+from sparsejax.train.trained import alone
+from sparsejax.typing import Array, Float, Int
+
+__all__ = ["Window", "main", "score_tasks", "score_text", "windows"]
+
+
+class Window(NamedTuple):
+    """A stretch of tokens, and which of them count."""
+
+    start: int
+    stop: int
+    first: int  # the first that is scored; all before it only inform
+
+
+def windows(tokens: int, *, window: int, stride: int) -> Iterator[Window]:
+    """Cover a document: each token but the first is scored once.
+
+    Raises:
+        ValueError: unless ``0 < stride < window``.
+    """
+    if not 0 < stride < window:
+        raise ValueError(f"stride={stride}: must be positive and below window={window}")
+    start, first = 0, 1
+    while first < tokens:
+        stop = min(start + window, tokens)
+        yield Window(start, stop, first)
+        start, first = start + stride, stop
+
+
+class Row(NamedTuple):
+    """A sequence to score, and the weight of each of its tokens, the first 0."""
+
+    tokens: Int[np.ndarray, " t"]
+    weights: Float[np.ndarray, " t"]
+
+
+def _rows(ids: Int[np.ndarray, " n"], *, window: int, stride: int) -> Iterator[Row]:
+    for part in windows(len(ids), window=window, stride=stride):
+        at = np.arange(part.start, part.stop)
+        weights = (at >= part.first).astype(np.float32)
+        yield Row(ids[part.start : part.stop], weights)
+
+
+class Scores(NamedTuple):
+    """Of each row: nats of what counts, and whether all of it was likeliest."""
+
+    nats: Float[Array, " b"]
+    greedy: Array
+
+
+@jax.jit
+def scored(
+    model: Transformer, tokens: Int[Array, "b t"], weights: Float[Array, "b t"]
+) -> Scores:
+    """Score the tokens that have a weight, from those before them.
+
+    Rows end in padding, which no token before it can see.
+    """
+    logits = model.logits(model(tokens[:, :-1]).value)
+    hit = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    counts = weights[:, 1:]
+    nats = (jax.nn.logsumexp(logits, axis=-1) - hit) * counts
+    best = (hit >= logits.max(axis=-1)) | (counts == 0)
+    return Scores(nats.sum(axis=1), best.all(axis=1))
+
+
+def _score(
+    model: Transformer, rows: Iterable[Row], *, length: int, batch: int, pad: int
+) -> Iterator[tuple[Row, float, bool]]:
+    """Score rows in batches of one shape."""
+    rows = iter(rows)
+    while some := list(islice(rows, batch)):
+        tokens = np.full((batch, length), pad, np.int32)
+        weights = np.zeros((batch, length), np.float32)
+        for index, row in enumerate(some):
+            tokens[index, : len(row.tokens)] = row.tokens
+            weights[index, : len(row.tokens)] = row.weights
+        given = jnp.asarray(tokens), jnp.asarray(weights)
+        found = jax.device_get(scored(model, *given))
+        yield from zip(some, found.nats.tolist(), found.greedy.tolist(), strict=False)
+
+
+def score_text(
+    model: Transformer,
+    tokenizer: Any,
+    documents: Iterable[bytes],
+    *,
+    window: int,
+    stride: int,
+    batch: int,
+) -> dict[str, int | float]:
+    """Measure bits per byte and perplexity of documents.
+
+    Raises:
+        ValueError: if the window is longer than the model is made for, or there is no
+            text.
+    """
+    _check_length(model, window - 1)
+    total = {"documents": 0, "bytes": 0, "tokens": 0}
+    nats, began = 0.0, time.monotonic()
+
+    def rows() -> Iterator[Row]:
+        for text in documents:
+            ids = np.insert(tokenizer.encode(text), 0, tokenizer.bos)
+            total["documents"] += 1
+            total["bytes"] += len(text)
+            total["tokens"] += len(ids) - 1
+            yield from _rows(ids, window=window, stride=stride)
+
+    how = {"length": window, "batch": batch, "pad": tokenizer.pad}
+    for _, loss, _ in _score(model, rows(), **how):
+        nats += loss
+    if not total["tokens"]:
+        raise ValueError("no text to score; name other data")
+    return total | {
+        "bits_per_byte": nats / math.log(2) / total["bytes"],
+        "perplexity": math.exp(nats / total["tokens"]),
+        "loss": nats / total["tokens"],
+        "seconds": time.monotonic() - began,
+    }
+
+
+def score_tasks(
+    model: Transformer,
+    tokenizer: Any,
+    tasks: Iterable[str],
+    lengths: Iterable[int],
+    *,
+    questions: int,
+    batch: int,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Measure the share of questions that are answered, by task and length.
+
+    Raises:
+        ValueError: for a task that does not exist, or a length beyond the model's.
+    """
+    found = []
+    for name in tasks:
+        if name not in TASKS:
+            raise ValueError(f"task {name!r}: no such name{near(name, TASKS)}")
+        for length in lengths:
+            _check_length(model, length)
+            rows = _questions(tokenizer, name, length, questions, seed)
+            how = {"length": length, "batch": batch, "pad": tokenizer.pad}
+            results = list(_score(model, rows, **how))
+            right = sum(greedy for _, _, greedy in results)
+            nats = sum(loss for _, loss, _ in results) / questions
+            share = {"accuracy": right / questions, "answer_nats": nats}
+            found.append({"task": name, "tokens": length, **share})
+    return found
+
+
+def _questions(
+    tokenizer: Any, name: str, length: int, questions: int, seed: int
+) -> Iterator[Row]:
+    """Draw questions; the same for every model with the same tokenizer."""
+    for number in range(questions):
+        rng = np.random.default_rng([seed, length, number])
+        size = lambda text: len(tokenizer.prompt(text))  # noqa: E731
+        asked = at_length(TASKS[name], rng, size, tokens=length - 4)
+        question, answer = tokenizer.prompt(asked.text), tokenizer.encode(asked.answer)
+        ids = np.concatenate([question, answer])[:length]
+        weights = (np.arange(len(ids)) >= len(question)).astype(np.float32)
+        yield Row(ids, weights)
+
+
+def _check_length(model: Transformer, tokens: int) -> None:
+    most = model.config.context_length
+    if most is not None and tokens > most:
+        raise ValueError(
+            f"{tokens} tokens at a time: the model is made for {most}"
+            " (model.context_length); take a shorter window"
+        )
+
+
+def _table(report: dict[str, Any]) -> str:
+    """Lay a report out for people."""
+    lines = [f"{k:<16}{v:>14,.4g}" for k, v in report.get("text", {}).items()]
+    for row in report.get("tasks", ()):
+        share = f"{row['accuracy']:>7.1%}   {row['answer_nats']:.3g} nats"
+        lines.append(f"{row['task']:<20}{row['tokens']:>7} tokens {share}")
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.evaluate")
+    parser.add_argument("--workdir", type=Path, help="of a trained run")
+    parser.add_argument("--checkpoint", help="a folder, a GGUF file, package:NAME")
+    parser.add_argument("--data.name", dest="name", default="english")
+    parser.add_argument("--data.files", dest="files", nargs="+", default=())
+    parser.add_argument("--documents", type=int, default=100, help="the first so many")
+    parser.add_argument("--window", type=int, default=512, help="tokens")
+    parser.add_argument("--stride", type=int, default=256, help="tokens")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--tasks", nargs="*", default=(), help=", ".join(TASKS))
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256])
+    parser.add_argument("--questions", type=int, default=20, help="a task and length")
+    parser.add_argument("--json", type=Path, help="where to write the report")
+    return parser
+
+
+def _report(flags: argparse.Namespace) -> dict[str, Any]:
+    model, tokenizer = load_any(flags.workdir, flags.checkpoint)
+    report: dict[str, Any] = {}
+    if flags.documents:
+        name = "files" if flags.files else flags.name
+        config = DataConfig(
+            seq_len=1, batch_size=1, name=name, files=tuple(flags.files)
+        )
+        held = open_documents(config).validation
+        texts = (held[n] for n in range(min(flags.documents, len(held))))
+        how = {"window": flags.window, "stride": flags.stride, "batch": flags.batch}
+        report["text"] = score_text(model, tokenizer, texts, **how)
+    if flags.tasks:
+        report["tasks"] = score_tasks(
+            model,
+            tokenizer,
+            flags.tasks,
+            flags.lengths,
+            questions=flags.questions,
+            batch=flags.batch,
+        )
+    if not report:
+        raise ConfigError("nothing to measure; give --documents or --tasks")
+    return report
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print a table, and write JSON; 2 if it could not be done."""
+    flags = _parser().parse_args(argv)
+    try:
+        with jax.set_mesh(alone()):
+            report = _report(flags)
+    except (CheckpointError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if flags.json:
+        flags.json.write_text(json.dumps(report, indent=2) + "\n")
+    sys.stdout.write(_table(report) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

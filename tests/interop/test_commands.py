@@ -1,0 +1,154 @@
+"""In as a run that trains on, out again, and text from either."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sparsejax import sample, tree
+from sparsejax.config import ConfigError
+from sparsejax.data import ByteTokenizer
+from sparsejax.data.tokenizer_file import files_of
+from sparsejax.interop import load_model, open_source
+from sparsejax.interop.__main__ import main
+from sparsejax.interop.files import read
+from sparsejax.interop.folder import SINGLE
+from sparsejax.interop.run import begin
+from sparsejax.train.trained import load
+from tests.interop.checkpoints import config_of, tensors_of, write_folder
+
+CONFIG = config_of("mistral", vocab_size=258)
+
+EXPERIMENT = """
+from ml_collections import ConfigDict
+
+def get_config():
+    return ConfigDict({{
+        "data": {{
+            "files": ("{texts}/*.txt",), "cache_dir": "{texts}/cache",
+            "seq_len": 16, "batch_size": 2, "vocab_size": 258,
+            "tokenizer": "file", "tokenizer_file": "{out}/tokenizer.json",
+        }},
+        "model": {{
+            "depth": 2, "width": 16, "heads": 4, "kv_heads": 2,
+            "embedding_scale": 1.0, "norm_epsilon": {epsilon}, "context_length": 64,
+            "attention": {{
+                "pattern": "sliding_window", "arguments": {{"window": 5}},
+                "block_q": 8, "block_kv": 8, "rope_theta": 100.0,
+                "qk_norm": False, "norm_epsilon": 1e-4,
+            }},
+            "ffn": {{"hidden": 24}},
+        }},
+        "optim": {{"name": "adamw", "learning_rate": 1e-4}},
+        "train": {{"steps": 2}},
+    }})
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tensors = tensors_of("mistral", CONFIG)
+    path = write_folder(tmp_path / "hf", CONFIG, tensors)
+    for name, text in files_of(ByteTokenizer()).items():
+        (path / name).write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A config file of the checkpoint's model, with a field changed."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(4):
+        (texts / f"{number}.txt").write_text(f"Text {number} says little. " * 9)
+
+    def write(**changes):
+        given = {"texts": texts, "out": tmp_path / "run", "epsilon": 1e-4} | changes
+        (tmp_path / "experiment.py").write_text(EXPERIMENT.format(**given))
+        return tmp_path / "experiment.py"
+
+    return write
+
+
+def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(
+    folder, experiment, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    command = [f"--source={folder}", f"--out={out}", f"--config={experiment()}"]
+    assert main(["import", *command]) == 0, capsys.readouterr().err
+    model, tokenizer = load(out)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        tree.leaves(nnx.state(model)),
+        tree.leaves(nnx.state(load_model(open_source(folder)))),
+    )
+    assert tokenizer.decode(tokenizer.encode("né")) == "né"
+    command = [f"--workdir={out}", "--family=mistral", f"--out={tmp_path / 'back'}"]
+    assert main(["export", *command]) == 0, capsys.readouterr().err
+    first, last = (read(x / SINGLE) for x in (folder, tmp_path / "back"))
+    assert {k: v.tobytes() for k, v in first.items()} == {
+        k: v.tobytes() for k, v in last.items()
+    }
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert config["bos_token_id"] == 256
+    before, after = (
+        (x / "tokenizer.json").read_text() for x in (folder, tmp_path / "back")
+    )
+    assert before == after
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epsilon": 1e-6}, r"not the model of the checkpoint: model\.norm_epsilon"),
+        ({"out": "elsewhere"}, "must be 'file' and .*, where the checkpoint's"),
+        ({"texts": "nowhere"}, "nowhere"),
+    ],
+)
+def test_an_import_that_fails_leaves_nothing(
+    folder, experiment, tmp_path, changes, message
+):
+    config = experiment(**changes)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=message):
+        begin(open_source(folder), tmp_path / "run", config=config)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 200}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"it has 258 ids, the model 200"):
+        begin(open_source(folder), tmp_path / "run")
+
+
+def test_a_checkpoint_without_a_tokenizer_is_named(folder, tmp_path, capsys):
+    (folder / "tokenizer.json").unlink()
+    assert main(["import", f"--source={folder}", f"--out={tmp_path / 'run'}"]) == 2
+    assert "has no tokenizer.json" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_checkpoint_is(folder, capsys):
+    assert main(["inspect", f"--source={folder}"]) == 0
+    said = capsys.readouterr().out
+    assert "MistralForCausalLM" in said
+    assert "model.attention.arguments.window" in said
+
+
+def test_text_is_drawn_from_several_prompts_at_once(folder, capsys):
+    command = [f"--checkpoint={folder}", "--tokens=3", "--temperature=0"]
+    assert sample.main([*command, "--prompt=ab", "--prompt=abcd\\n"]) == 0
+    both = capsys.readouterr().out
+    assert both.startswith("ab")
+    assert "\n---\nabcd\n" in both
+    assert sample.main([*command, "--prompt=ab"]) == 0
+    alone = capsys.readouterr().out
+    assert both.startswith(alone.rstrip("\n"))
+
+
+def test_a_package_that_is_not_there_is_named(capsys):
+    assert main(["inspect", "--source=package:no_such_package"]) == 2
+    said = capsys.readouterr().err
+    assert "not installed; pip install --no-deps no-such-package" in said
