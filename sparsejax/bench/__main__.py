@@ -12,6 +12,7 @@ BENCHES = (
     "comparison",
     "facts",
     "interop",
+    "masked",
     "memory",
     "moe",
     "routers",

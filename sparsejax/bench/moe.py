@@ -110,11 +110,17 @@ def layer(*, backward: bool) -> dict[str, Runner]:
     }
 
 
-def row(runners: dict[str, Runner], *, rounds: int, seconds: float) -> dict[str, Any]:
+def row(
+    runners: dict[str, Runner],
+    *,
+    rounds: int,
+    seconds: float,
+    names: tuple[str, ...] = NAMES,
+) -> dict[str, Any]:
     """Let them run in turns; an absent one leaves its columns empty."""
     times = race(runners, rounds=rounds, seconds=seconds)
     found: dict[str, Any] = {}
-    for name in NAMES:
+    for name in names:
         known = name in times
         median = statistics.median(times[name]) * 1e3 if known else None
         found[f"{name}_ms"] = f"{median:.2f}" if known else ""

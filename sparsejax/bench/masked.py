@@ -1,0 +1,119 @@
+"""What masks cost and what they save: products of live blocks, and whole steps.
+
+    python -m sparsejax.bench masked
+
+``product`` rows multiply 4096 rows by a float32 weight, 2048 to 2048, of which a share
+of the 64 x 64 blocks is live, in turns with the dense product of the same shape;
+``limit`` is a dense product of the useful FLOPs alone. ``step`` rows take a step of
+``configs/dense.py`` with its weights under an unstructured mask: one that only applies
+it, and one that changes it by RigL, in turns with the step that has none. A ratio above
+1 says by how much ours is faster; a mask alone saves no time, so a step's is below.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsejax.bench.moe import PASSES, bound, row
+from sparsejax.bench.table import ROOT, markdown, provenance, write_rows
+from sparsejax.config import convert, read
+from sparsejax.data import Batch
+from sparsejax.masked.block_sparse import BlockSparse, block_sparse_matmul
+from sparsejax.train.config import Config
+from sparsejax.train.step import Step
+from sparsejax.typing import Array
+
+ROWS, WIDTH, BLOCK = 4096, 2048, 64
+VOCABULARY = 258
+NEVER = 10**6
+PLAN: dict[str, Any] = {"density": 0.2, "initial": 0.2, "schedule": "constant"}
+PLAN |= {"updater": "rigl", "criterion": "magnitude", "end": NEVER}
+STEPS = {
+    "mask held": PLAN | {"begin": NEVER},
+    "mask changed by RigL": PLAN | {"every": 1},
+}
+NAMES = ("ours", "dense", "limit")
+COLUMNS = {"work": "work", "density": "density", "pass": "pass", "ours_ms": "ours, ms"}
+COLUMNS |= {f"{n}_{x}": f"{n}, {x}" for n in NAMES[1:] for x in ("ms", "ratio")}
+
+Runner = Callable[[], Any]
+
+
+def product(density: float, *, backward: bool) -> dict[str, Runner]:
+    """Runners of one product, of its dense equal, and of its useful FLOPs alone."""
+    keys = jax.random.split(jax.random.key(0))
+    x = jax.random.normal(keys[0], (ROWS, WIDTH))
+    w = jax.random.normal(keys[1], (WIDTH, WIDTH)) / WIDTH**0.5
+    side = WIDTH // BLOCK
+    live = np.zeros(side * side, bool)
+    count = round(density * live.size)
+    live[np.random.default_rng(0).permutation(live.size)[:count]] = True
+    blocks = BlockSparse.from_dense(w, live.reshape(side, side))
+
+    def ours(x: Array, values: Array, rows: Array, columns: Array) -> Array:
+        own = BlockSparse(values, rows, columns, w.shape)
+        return block_sparse_matmul(x, own)
+
+    def both(x: Array, values: Array, *ids: Array) -> Any:
+        y, back = jax.vjp(lambda x, values: ours(x, values, *ids), x, values)
+        return y, back(jnp.ones_like(y))
+
+    own = bound(
+        both if backward else ours,
+        *(x, blocks.values, blocks.rows, blocks.columns),
+        backward=False,
+    )
+    part = w[:, : max(round(density * WIDTH), 1)]
+    return {
+        "ours": own,
+        "dense": bound(jnp.matmul, x, w, backward=backward),
+        "limit": bound(jnp.matmul, x, part, backward=backward),
+    }
+
+
+def step(plan: dict[str, Any] | None) -> Runner:
+    """A compiled step that goes on from its own state."""
+    values = read(ROOT / "configs" / "dense.py")
+    values["masked"] = plan
+    values["train"]["steps"] = 2 * NEVER
+    config = convert(Config, values)
+    made = Step(config, VOCABULARY, np.ones(VOCABULARY))
+    held = [jax.jit(made.init)(jax.random.key(0))]
+    size = config.data.batch_size, config.data.seq_len + 1
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, size, np.int32)
+    places = np.broadcast_to(np.arange(size[1], dtype=np.int32), size)
+    batch = Batch(tokens, np.ones(size, np.int32), places)
+    compiled = jax.jit(made.train, donate_argnums=0).lower(held[0], batch).compile()
+
+    def run() -> None:
+        held[0] = jax.block_until_ready(compiled(held[0], batch))[0]
+
+    return run
+
+
+def main(argv: list[str]) -> int:
+    """Measure everything, write ``results/masked.csv`` and print it."""
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.bench masked")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.3])
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=12.0, help="for each row")
+    flags = parser.parse_args(argv)
+    pace: dict[str, Any] = {"rounds": flags.rounds, "seconds": flags.seconds}
+    pace, about, rows = pace | {"names": NAMES}, provenance(), []
+    for density in flags.densities:
+        for backward in (False, True):
+            key = {"work": "product", "density": density, "pass": PASSES[backward]}
+            rows.append(key | row(product(density, backward=backward), **pace) | about)
+            write_rows("masked", rows)
+    dense = step(None)
+    for name, plan in STEPS.items():
+        key = {"work": f"step, {name}", "density": plan["density"], "pass": "step"}
+        rows.append(key | row({"ours": step(plan), "dense": dense}, **pace) | about)
+        write_rows("masked", rows)
+    sys.stdout.write(markdown(rows, COLUMNS) + "\n")
+    return 0
