@@ -122,10 +122,12 @@ def difference(found: Any, expected: Any) -> float:
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-@nnx.jit
-def _forward(model: Transformer, ids: Array, **about: Any) -> Any:
+def _run(model: Transformer, ids: Array, **about: Any) -> Any:
     hidden = model(ids, **about)
     return model.logits(hidden.value)[..., :VOCABULARY], hidden
+
+
+_forward = nnx.jit(_run)
 
 
 def _theirs(pair: Pair, ids: np.ndarray, **about: Any) -> Any:
@@ -220,7 +222,7 @@ def gradient(pair: Pair) -> dict[str, float]:
     @jax.jit
     def mine(params: Any) -> Any:
         def mean(params: Any) -> Array:
-            scores, _ = _forward(nnx.merge(graph, params, rest), jnp.asarray(tokens()))
+            scores, _ = _run(nnx.merge(graph, params, rest), jnp.asarray(tokens()))
             scores = jax.nn.log_softmax(scores[:, :-1])
             hit = jnp.asarray(tokens())[:, 1:, None]
             return -jnp.take_along_axis(scores, hit, axis=-1).mean()
@@ -303,7 +305,9 @@ def rows(models: list[str]) -> Iterator[dict[str, Any]]:
 def main(argv: list[str]) -> int:
     """Compare all, write ``results/interop.csv`` and print it."""
     about = provenance() | {"transformers": transformers.__version__}
-    found = [row | about for row in rows(argv or list(MODELS))]
-    write_rows("interop", found)
+    found = []
+    for row in rows(argv or list(MODELS)):
+        found.append(row | about)
+        write_rows("interop", found)
     sys.stdout.write(markdown(found, COLUMNS) + "\n")
     return 0
