@@ -98,10 +98,13 @@ def override(kind: type, values: dict[str, Any], path: str, text: str) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """Run ``get_config()`` of a config file; nested plain dicts.
 
+    ``path:name`` runs ``get_config(name)``, of a file that has several.
+
     Raises:
         ConfigError: if there is no such file, it fails, or it returns something else.
     """
-    path = Path(path)
+    text, *given = str(path).rsplit(":", 1) if ".py:" in str(path) else [str(path)]
+    path = Path(text)
     if not path.is_file():
         known = [str(f) for f in path.parent.glob("*.py")]
         raise ConfigError(f"--config={path}: no such file{near(str(path), known)}")
@@ -111,10 +114,12 @@ def read(path: str | Path) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        config = module.get_config(*given)
         values = config.to_dict() if isinstance(config, ConfigDict) else None
     except ConfigError:
         raise
+    except FieldError as error:
+        raise ConfigError(f"--config={path}:{':'.join(given)}: {error}") from None
     except Exception as error:
         raise ConfigError(f"--config={path}: {type(error).__name__}: {error}") from None
     if values is None:

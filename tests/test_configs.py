@@ -71,7 +71,7 @@ def toy_size(values):
     if "sub_keys" in (model.get("memory") or ()):
         model["memory"] |= {"sub_keys": 8, "per_head": 4, "key_width": 8}
     if values.get("masked"):
-        values["masked"] |= {"begin": 1, "end": 2, "every": 1}
+        values["masked"] |= {"begin": 0, "end": 1, "every": 1}
     values["optim"]["warmup"] = 1
     values["mesh"] = {}
     values["train"] |= {"steps": 2, "loss_chunk": 0}

@@ -5,11 +5,42 @@ transformation into one that keeps masks, ``effective`` gives the weights to com
 with. Masks save parameters, not time: a masked matrix product is executed densely.
 """
 
-from sparsejax.masked.allocations import Layer, by_path, erk, uniform
+from sparsejax.masked.allocations import (
+    Layer,
+    by_grasp,
+    by_momentum,
+    by_path,
+    erk,
+    global_,
+    snip,
+    uniform,
+)
 from sparsejax.masked.block_sparse import BlockSparse, block_sparse_matmul
+from sparsejax.masked.candidates import gumbel, learned
 from sparsejax.masked.config import MaskedConfig
-from sparsejax.masked.criteria import Evidence, gradient, magnitude, random, saliency
-from sparsejax.masked.estimators import masked, sr_ste, straight_through
+from sparsejax.masked.criteria import (
+    Evidence,
+    fisher,
+    gradient,
+    grasp,
+    magnitude,
+    momentum,
+    movement,
+    random,
+    saliency,
+)
+from sparsejax.masked.estimators import (
+    Now,
+    exponential_mask_decay,
+    mask_decay,
+    masked,
+    soft_threshold,
+    sr_ste,
+    straight_through,
+    top_kast,
+)
+from sparsejax.masked.evidence import Measured, measure
+from sparsejax.masked.kept import clock, horizon
 from sparsejax.masked.metrics import Cost, cost, metrics
 from sparsejax.masked.optimizer import (
     Mask,
@@ -17,6 +48,7 @@ from sparsejax.masked.optimizer import (
     effective,
     masks_of,
     sparse,
+    tracked_of,
 )
 from sparsejax.masked.schedules import (
     Ramp,
@@ -24,9 +56,21 @@ from sparsejax.masked.schedules import (
     constant,
     cubic,
     geometric,
+    halving,
     one_shot,
+    window,
 )
-from sparsejax.masked.structures import Block, NOfM, Structure, Unstructured
+from sparsejax.masked.structures import (
+    Block,
+    ConstantFanIn,
+    NOfM,
+    Structure,
+    Unstructured,
+    column,
+    heads,
+    row,
+)
+from sparsejax.masked.tiles import Butterfly, Transposable
 from sparsejax.masked.updaters import (
     Rule,
     prune,
@@ -34,33 +78,63 @@ from sparsejax.masked.updaters import (
     rigl,
     select,
     set_,
+    sparse_momentum,
+    srigl,
     static,
 )
 
 # What a mask may look like: arguments in, (scores, keep) -> mask out.
-STRUCTURES = {"unstructured": Unstructured, "n_of_m": NOfM, "block": Block}
+STRUCTURES = {
+    "unstructured": Unstructured,
+    "n_of_m": NOfM,
+    "transposable": Transposable,
+    "constant_fan_in": ConstantFanIn,
+    "block": Block,
+    "row": row,
+    "column": column,
+    "heads": heads,
+    "butterfly": Butterfly,
+}
 # What a weight is worth: Evidence -> scores.
 CRITERIA = {
     "magnitude": magnitude,
     "random": random,
     "saliency": saliency,
     "gradient": gradient,
+    "momentum": momentum,
+    "fisher": fisher,
+    "movement": movement,
+    "grasp": grasp,
 }
 # How much of the density each layer gets: (layers, density, ...) -> densities.
-ALLOCATIONS = {"uniform": uniform, "erk": erk, "by_path": by_path}
+ALLOCATIONS = {
+    "uniform": uniform,
+    "erk": erk,
+    "by_path": by_path,
+    "global": global_,
+    "snip": snip,
+    "grasp": by_grasp,
+    "momentum": by_momentum,
+}
 # How dense when: (step, ramp) -> density.
 SCHEDULES = {
     "constant": constant,
     "one_shot": one_shot,
     "cubic": cubic,
     "geometric": geometric,
+    "halving": halving,
     "ac_dc": ac_dc,
 }
-# What the model computes with: (weight, mask) -> weight, with its gradient.
+# What the model computes with: (weight, mask, now) -> weight, with its gradient.
 ESTIMATORS = {
     "masked": masked,
     "straight_through": straight_through,
     "sr_ste": sr_ste,
+    "mask_decay": mask_decay,
+    "exponential_mask_decay": exponential_mask_decay,
+    "soft_threshold": soft_threshold,
+    "top_kast": top_kast,
+    "gumbel": gumbel,
 }
 # How masks change: (mask, Evidence, rule) -> mask.
 UPDATERS = {
@@ -69,9 +143,41 @@ UPDATERS = {
     "select": select,
     "set": set_,
     "rigl": rigl,
+    "srigl": srigl,
+    "sparse_momentum": sparse_momentum,
+    "learned": learned,
 }
-GROWING = (set_, rigl)  # these move weights even when the density stays
-REPLACES_STEP = (rigl,)  # these judge the gradient of the weights before the step
+# These move weights even when the density stays.
+GROWING = (set_, rigl, srigl, sparse_momentum)
+# These judge the gradient of the weights before the step, and take its place.
+REPLACES_STEP = (rigl, srigl)
+# These allocations rank the units of all layers together; None: by the criterion.
+RANKED_BY = {global_: None, snip: saliency, by_grasp: grasp}
+# These share out over the layers what is dropped, by the mean of a score.
+SHARED_BY = {by_momentum: momentum}
+STEADY = ("constant",)  # schedules under which the density stays
+# What a member looks at beside weights and gradients.
+NEEDS = {
+    momentum: "momentum",
+    fisher: "variance",
+    movement: "movement",
+    grasp: "curvature",
+    by_momentum: "momentum",
+    sparse_momentum: "momentum",
+}
+# What a member works with, where that is not everything.
+PARTNERS = {
+    srigl: {"structure": ("constant_fan_in",)},
+    learned: {
+        "structure": ("n_of_m",),
+        "estimator": ("gumbel",),
+        "schedule": STEADY,
+    },
+    gumbel: {"updater": ("learned",)},
+    soft_threshold: {"structure": ("unstructured", "n_of_m", "constant_fan_in")},
+    top_kast: {"updater": ("select",)},
+    Butterfly: {"updater": ("static", "select")},
+}
 
 __all__ = [
     "ALLOCATIONS",
@@ -86,15 +192,22 @@ __all__ = [
     "Layer",
     "Mask",
     "MaskedConfig",
+    "Measured",
+    "Now",
     "Ramp",
     "Rule",
     "SparseState",
     "Structure",
     "block_sparse_matmul",
+    "clock",
     "cost",
     "effective",
+    "horizon",
     "masks_of",
+    "measure",
     "metrics",
     "prune_and_grow",
     "sparse",
+    "tracked_of",
+    "window",
 ]

@@ -11,7 +11,16 @@ from typing import NamedTuple
 
 from sparsejax.config import near
 
-__all__ = ["Layer", "by_path", "erk", "uniform"]
+__all__ = [
+    "Layer",
+    "by_grasp",
+    "by_momentum",
+    "by_path",
+    "erk",
+    "global_",
+    "snip",
+    "uniform",
+]
 
 
 class Layer(NamedTuple):
@@ -26,38 +35,70 @@ class Layer(NamedTuple):
         return math.prod(self.shape)
 
 
-def uniform(layers: Mapping[str, Layer], density: float) -> dict[str, float]:
-    """Give every layer the same density."""
-    return dict.fromkeys(layers, density)
+def uniform(
+    layers: Mapping[str, Layer], density: float, *, dense: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Give every layer the same density, but for those that stay dense.
+
+    Raises:
+        ValueError: if the density cannot be met beside those that stay dense.
+    """
+    if not dense:
+        return dict.fromkeys(layers, density)
+    return erk(layers, density, power=0.0, dense=dense)
 
 
 def erk(
-    layers: Mapping[str, Layer], density: float, *, power: float = 1.0
+    layers: Mapping[str, Layer],
+    density: float,
+    *,
+    power: float = 1.0,
+    dense: tuple[str, ...] = (),
 ) -> dict[str, float]:
     """Let density fall with size: proportional to the sum over the product of sides.
 
     Whatever would be denser than dense is dense, and the others share what is left.
 
-    Source: Evci et al. 2019, arXiv:1911.11134, Sec. 3 (1).
+    Source: Evci et al. 2019, arXiv:1911.11134, Sec. 3 (1); Liu et al. 2022,
+    arXiv:2202.02643, Sec. 3.
 
     Args:
         layers: by path.
         density: of all weights together.
         power: of the ratio; 0 is uniform.
+        dense: regexes of paths that stay dense, a first or a last layer say.
+
+    Raises:
+        ValueError: if the density cannot be met beside those that stay dense.
     """
     ratio = {p: (sum(x.shape) / x.size) ** power for p, x in layers.items()}
     weights = {p: x.size * x.copies for p, x in layers.items()}
     total = density * sum(weights.values())
-    dense: set[str] = set()
+    full = _matches(layers, dense)
+    if dense and total <= sum(weights[p] for p in full):
+        share = sum(weights[p] for p in full) / sum(weights.values())
+        raise ValueError(
+            f"density={density}: what dense={dense} keeps whole is {share:.3g} of the"
+            " weights already; raise the density, or keep less of them dense"
+        )
     while True:
-        rest = [p for p in layers if p not in dense]
-        share = total - sum(weights[p] for p in dense)
+        rest = [p for p in layers if p not in full]
+        share = total - sum(weights[p] for p in full)
         raw = sum(ratio[p] * weights[p] for p in rest)
         scale = share / raw if rest else 0.0
         over = {p for p in rest if scale * ratio[p] > 1}
         if not over:
-            return {p: 1.0 if p in dense else scale * ratio[p] for p in layers}
-        dense |= over
+            return {p: 1.0 if p in full else scale * ratio[p] for p in layers}
+        full |= over
+
+
+def _matches(layers: Mapping[str, Layer], patterns: tuple[str, ...]) -> set[str]:
+    for pattern in patterns:
+        if not any(re.search(pattern, path) for path in layers):
+            raise ValueError(
+                f"{pattern!r} matches no masked path{near(pattern, layers)}"
+            )
+    return {p for p in layers if any(re.search(x, p) for x in patterns)}
 
 
 def by_path(
@@ -68,12 +109,39 @@ def by_path(
     Raises:
         ValueError: if a regex matches no path.
     """
-    for pattern in densities:
-        if not any(re.search(pattern, path) for path in layers):
-            raise ValueError(
-                f"{pattern!r} matches no masked path{near(pattern, layers)}"
-            )
+    _matches(layers, tuple(densities))
     return {
         path: next((d for p, d in densities.items() if re.search(p, path)), density)
         for path in layers
     }
+
+
+def global_(layers: Mapping[str, Layer], density: float) -> dict[str, float]:
+    """Let one ranking by the plan's criterion, over all layers, decide."""
+    return uniform(layers, density)
+
+
+def snip(layers: Mapping[str, Layer], density: float) -> dict[str, float]:
+    """Let one ranking by saliency decide, whatever the layers themselves are ranked by.
+
+    Source: Lee et al. 2018, arXiv:1810.02340, Alg. 1.
+    """
+    return uniform(layers, density)
+
+
+def by_grasp(layers: Mapping[str, Layer], density: float) -> dict[str, float]:
+    """Let one ranking by what gradient flow would be lost decide; before step 0 only.
+
+    Source: Wang et al. 2020, arXiv:2002.07376, Alg. 1.
+    """
+    return uniform(layers, density)
+
+
+def by_momentum(layers: Mapping[str, Layer], density: float) -> dict[str, float]:
+    """Let what is dropped anywhere grow in proportion to the mean momentum of layers.
+
+    Source: Dettmers and Zettlemoyer 2019, arXiv:1907.04840, Sec. 3. Departure: every
+    layer drops the same share of its weights; what grows is a whole number by largest
+    remainders, so the sum is exact.
+    """
+    return uniform(layers, density)

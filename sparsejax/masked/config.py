@@ -1,10 +1,13 @@
 """The plan of a masked run: which weights, how many, which ones, and when."""
 
+import inspect
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sparsejax import masked
-from sparsejax.config import choose, require
+from sparsejax.config import choose, near, require
 from sparsejax.masked.schedules import Ramp
 
 __all__ = ["MaskedConfig"]
@@ -28,7 +31,7 @@ class MaskedConfig:
     criterion: str = "magnitude"  # what weights are kept by
     initial_criterion: str = "random"  # and by what before the first step
     allocation: str = "uniform"  # of the density over the layers
-    allocation_arguments: dict[str, float | dict[str, float]] = field(
+    allocation_arguments: dict[str, float | dict[str, float] | tuple[str, ...]] = field(
         default_factory=dict
     )
     schedule: str = "cubic"  # of the density over the steps
@@ -36,15 +39,20 @@ class MaskedConfig:
     end: int = 0  # last such step
     every: int = 100  # steps from one change to the next
     updater: str = "prune"  # how a mask follows from the last one
-    moved: float = 0.3  # share of the live weights that set and rigl move, at first
+    updater_arguments: dict[str, float] = field(default_factory=dict)
+    moved: float = 0.3  # share of the live weights that growing updaters move, at first
     estimator: str = "masked"  # what gradient reaches the stored weights
     estimator_arguments: dict[str, float] = field(default_factory=dict)
     include: tuple[str, ...] = ()  # regexes of paths; none: every weight matrix
     exclude: tuple[str, ...] = ()  # regexes of paths that stay dense
+    dense_from: int | None = None  # step from which all is live again, if ever
+    rewind: int | None = None  # step to whose weights each change of masks goes back
+    track: bool = False  # keep the first masks and what was ever live, for metrics
     seed: int = 0  # of whatever is random
 
     def __post_init__(self) -> None:
         self._check_names()
+        self._check_arguments()
         self._check_numbers()
         self._check_steps()
         self._check_contradictions()
@@ -60,6 +68,16 @@ class MaskedConfig:
         choose("schedule", self.schedule, masked.SCHEDULES)
         choose("updater", self.updater, masked.UPDATERS)
         choose("estimator", self.estimator, masked.ESTIMATORS)
+
+    def _check_arguments(self) -> None:
+        for name, table in (
+            ("structure", masked.STRUCTURES),
+            ("allocation", masked.ALLOCATIONS),
+            ("estimator", masked.ESTIMATORS),
+            ("updater", masked.UPDATERS),
+        ):
+            given = getattr(self, f"{name}_arguments")
+            _check_keywords(f"{name}_arguments", given, table[getattr(self, name)])
 
     def _check_numbers(self) -> None:
         for name in ("density", "initial"):
@@ -91,6 +109,19 @@ class MaskedConfig:
             " the last change is not missed",
         )
 
+        require(
+            self.dense_from is None or self.dense_from > self.end,
+            "dense_from",
+            self.dense_from,
+            f"must be after end={self.end}",
+        )
+        require(
+            self.rewind is None or 0 <= self.rewind <= self.begin,
+            "rewind",
+            self.rewind,
+            f"must be a step from 0 to begin={self.begin}",
+        )
+
     def _check_contradictions(self) -> None:
         schedule = masked.SCHEDULES[self.schedule]
         updater = masked.UPDATERS[self.updater]
@@ -110,11 +141,65 @@ class MaskedConfig:
             "starts grown weights at 0, which estimator="
             f"{self.estimator!r} does not; choose estimator='masked'",
         )
+        self._check_partners()
+        self._check_allocation()
+
+    def _check_partners(self) -> None:
+        """Some members are made for certain others."""
+        for kind, table in (
+            ("updater", masked.UPDATERS),
+            ("estimator", masked.ESTIMATORS),
+            ("structure", masked.STRUCTURES),
+        ):
+            member = table[getattr(self, kind)]
+            for other, names in masked.PARTNERS.get(member, {}).items():
+                require(
+                    getattr(self, other) in names,
+                    kind,
+                    getattr(self, kind),
+                    f"works only with {other} {' or '.join(map(repr, names))}, not"
+                    f" {getattr(self, other)!r}; choose one of them",
+                )
+
+    def _check_allocation(self) -> None:
+        allocation = masked.ALLOCATIONS[self.allocation]
+        growing = masked.UPDATERS[self.updater] in masked.GROWING
+        require(
+            allocation not in masked.RANKED_BY or not growing,
+            "allocation",
+            self.allocation,
+            f"ranks what is live, and updater={self.updater!r} needs counts before it"
+            " grows; choose 'uniform', 'erk' or 'momentum', or updater='prune'",
+        )
+        require(
+            allocation not in masked.SHARED_BY
+            or (growing and self.schedule in masked.STEADY),
+            "allocation",
+            self.allocation,
+            "shares out what is dropped; choose updater='sparse_momentum', or another"
+            " that grows, and schedule='constant'",
+        )
 
     @property
     def ramp(self) -> Ramp:
         """What the schedule sees, for a layer of average density."""
         return Ramp(self.initial, self.density, self.begin, self.end, self.every)
+
+
+def _check_keywords(field: str, given: Mapping[str, Any], function: Any) -> None:
+    """Refuse what a member of a table would not take, and ask for what it needs."""
+    known = {
+        name: x
+        for name, x in inspect.signature(function).parameters.items()
+        if x.kind is x.KEYWORD_ONLY
+    }
+    for name, value in given.items():
+        rule = f"no argument of {function.__name__}{near(name, known)}"
+        require(name in known, f"{field}.{name}", value, rule)
+    for name, x in known.items():
+        missing = x.default is x.empty and name not in given
+        rule = f"{function.__name__} needs {name}; give it"
+        require(not missing, field, dict(given), rule)
 
 
 def _check_regex(name: str, pattern: str) -> None:

@@ -29,23 +29,38 @@ class Cost(NamedTuple):
 
 
 def metrics(
-    masks: Mapping[str, Any], before: Mapping[str, Any] | None = None
+    masks: Mapping[str, Any],
+    before: Mapping[str, Any] | None = None,
+    *,
+    first: Mapping[str, Any] | None = None,
+    ever: Mapping[str, Any] | None = None,
 ) -> dict[str, Array]:
     """Give the density of everything masked, of each path and of each layer in it.
 
-    With ``before``, masks of an earlier step, also the flip rate: the share of weights
-    whose mask differs.
+    Also the share of dead units: outputs that no live weight leads to. With ``before``,
+    masks of an earlier step, the flip rate, the share of weights whose mask differs;
+    and ``sad``, the same as a share of the live ones. With ``first``, how much of the
+    first masks is still live; with ``ever``, what share of all weights ever was.
 
-    Source: Hu et al. 2024, arXiv:2404.01847, Sec. 4.1.
+    Source: Hu et al. 2024, arXiv:2404.01847, Sec. 4.1; Zhou et al. 2021,
+    arXiv:2102.04010, Sec. 3.2; Liu et al. 2021, arXiv:2102.02887, Sec. 3.
     """
     found = {"masked/density": _mean(masks)}
     for path, mask in masks.items():
         found[f"masked/density/{path}"] = _by_layer(mask)
+    dead = {path: _dead_units(mask) for path, mask in masks.items()}
+    found["masked/dead_units"] = _mean(dead)
     if before is not None:
         flips = {p: _flips(mask, before[p]) for p, mask in masks.items()}
         found["masked/flip_rate"] = _mean(flips)
         for path, mask in masks.items():
             found[f"masked/flip_rate/{path}"] = _by_layer(mask, flips[path])
+        found["masked/sad"] = found["masked/flip_rate"] / found["masked/density"]
+    if first is not None:
+        both = {p: mask[...] & first[p][...] for p, mask in masks.items() if p in first}
+        found["masked/overlap"] = _mean(both) / _mean(first)
+    if ever is not None:
+        found["masked/explored"] = _mean(ever)
     return found
 
 
@@ -74,6 +89,16 @@ def cost(params: PyTree, masks: Mapping[str, Any]) -> Cost:
 def _mean(values: Mapping[str, Any]) -> Array:
     live = sum(jnp.sum(x[...], dtype=jnp.float32) for x in values.values())
     return live / jnp.float32(sum(x.size for x in values.values()))
+
+
+def _dead_units(mask: Any) -> Array:
+    """Mark outputs without a live input; heads and their width are one axis of them."""
+    letters = getattr(mask, "axes", "").split()
+    start = depth(letters)
+    inner = letters[start:]
+    heads_in = inner[:2] in (["h", "c"], ["g", "c"]) and len(inner) > 2
+    inputs = (start, start + 1) if heads_in else (start,)
+    return ~jnp.any(mask[...], axis=inputs)
 
 
 def _flips(mask: Any, before: Any) -> Array:

@@ -9,8 +9,7 @@ With an estimator other than ``masked`` the stored weights and moments stay dens
 only ``effective`` is masked.
 """
 
-import zlib
-from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,15 +19,18 @@ import optax
 from flax import nnx
 
 from sparsejax import masked, tree
+from sparsejax.masked import kept as keeping
+from sparsejax.masked.budgets import budgets
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.criteria import Evidence
-from sparsejax.masked.estimators import straight_through
+from sparsejax.masked.estimators import Now, straight_through
+from sparsejax.masked.evidence import FIELDS, Measured, moments, needs, owners
 from sparsejax.masked.plan import Target, targets
 from sparsejax.masked.updaters import Rule
 from sparsejax.partition import PARAMETERS, constrain
-from sparsejax.typing import Array, Bool, Float, Int, PyTree
+from sparsejax.typing import Array, Bool, Int, PyTree
 
-__all__ = ["Mask", "SparseState", "effective", "masks_of", "sparse"]
+__all__ = ["Mask", "SparseState", "effective", "masks_of", "sparse", "tracked_of"]
 
 
 class Mask(nnx.Variable):
@@ -41,10 +43,14 @@ class SparseState(NamedTuple):
     step: Int[Array, ""]  # updates done
     masks: dict[str, Mask]
     inner: PyTree
+    kept: dict[str, Any]  # what a plan remembers besides; most remember nothing
 
 
 def sparse(
-    tx: optax.GradientTransformation, plan: MaskedConfig
+    tx: optax.GradientTransformation,
+    plan: MaskedConfig,
+    *,
+    measured: Measured | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimiser so that it trains under the masks of a plan.
 
@@ -52,20 +58,26 @@ def sparse(
     Stacked parameters (leading axes ``l`` and ``e``) have a mask and an exact count for
     every layer. Masks change inside one ``lax.cond``; other steps only apply them.
 
+    Args:
+        tx: what to wrap.
+        plan: which masks, and when.
+        measured: derivatives at the initial weights, for initial masks that need them.
+
     Raises:
-        ValueError: from ``init``, if the plan does not fit the parameters; from
-            ``update``, without ``params``.
+        ValueError: from ``init``, if the plan does not fit the parameters or the
+            optimiser lacks what it looks at; from ``update``, without ``params``, or
+            with masks of other shapes.
     """
     tx = optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> SparseState:
-        arrays = tree.leaves(params)
-        masks = {
-            path: Mask(_initial(target, arrays[path], plan), axes=target.axes)
-            for path, target in targets(params, plan).items()
-        }
+        found, active = targets(params, plan), _active(params, plan)
         with _foreign():
-            return SparseState(jnp.zeros((), jnp.int32), masks, tx.init(params))
+            inner = tx.init(params)
+        masks = _initial(found, params, plan, measured)
+        kept, masks = keeping.begun(plan, active, params, inner, masks)
+        variables = {p: Mask(m, axes=found[p].axes) for p, m in masks.items()}
+        return SparseState(jnp.zeros((), jnp.int32), variables, inner, kept)
 
     def update(
         updates: PyTree, state: Any, params: Any = None, **extra: Any
@@ -75,18 +87,13 @@ def sparse(
                 "params=None: masks need the weights; pass params to update"
             )
         active = _active(params, plan)
+        _check_masks(active, state.masks)
         old = {path: state.masks[path][...] for path in active}
-        stored = _stores_masked(plan)
-        live = _where(old, updates) if stored else updates
+        live = _where(old, updates) if _stores_masked(plan) else updates
         with _foreign():
-            step = tx.update(live, state.inner, params, **extra)
-        (step, inner), new = _next(plan, active, state, step, (params, updates))
-        if stored:
-            kept = {path: old[path] & new[path] for path in active}
-            step = _stay_zero(kept, step, params)
-            inner = _where(kept, inner, _owners(inner, tree.leaves(params)))
-        changed: Any = {path: state.masks[path].replace(new[path]) for path in active}
-        return step, SparseState(state.step + 1, state.masks | changed, inner)
+            step, inner = tx.update(live, state.inner, params, **extra)
+        step = (keeping.frozen(plan, active, step), inner)
+        return _masked_step(plan, active, state, step, (params, updates))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -97,37 +104,79 @@ def masks_of(opt_state: PyTree) -> dict[str, Mask]:
     Raises:
         ValueError: if there is none.
     """
+    return {path: x for state in _states(opt_state) for path, x in state.masks.items()}
+
+
+def tracked_of(opt_state: PyTree) -> dict[str, dict[str, Any]]:
+    """Collect the first masks, and what was ever live, if the plan keeps ``track``.
+
+    They are arguments of ``metrics``.
+    """
+    return {
+        name: {p: x for s in _states(opt_state) for p, x in s.kept[name].items()}
+        for name in ("first", "ever")
+        if all(name in state.kept for state in _states(opt_state))
+    }
+
+
+def effective(
+    params: PyTree, opt_state: PyTree, plan: MaskedConfig, *, training: bool = True
+) -> PyTree:
+    """Give the weights that the model computes with: masked, with dense gradients.
+
+    Values equal the stored ones where those are masked already, which is from the first
+    update on. Their gradient is dense even then: updaters grow by it, and ``sparse``
+    takes the live part.
+
+    Args:
+        params: as stored.
+        opt_state: has the masks.
+        plan: of those masks.
+        training: whether estimators that draw at random do so.
+    """
+    active = _active(params, plan)
+    owner = {path: state for state in _states(opt_state) for path in state.masks}
+    arguments = plan.estimator_arguments
+    estimate = partial(masked.ESTIMATORS[plan.estimator], **arguments)
+
+    def apply(path: str, x: Array) -> Array:
+        if path not in active:
+            return x
+        state, target = owner[path], active[path]
+        mask = state.masks[path][...]
+        if _stores_masked(plan):
+            return straight_through(x, mask)
+        now = Now(step=state.step, training=training, **keeping.fixed(plan, target))
+        varying = keeping.varying(plan, target, state)
+
+        def one(weight: Array, mask: Array, varying: dict[str, Array]) -> Array:
+            return estimate(weight, mask, now._replace(**varying))
+
+        return target.each(one)(x, mask, varying)
+
+    return tree.map_with_path(apply, params)
+
+
+def is_due(step: Int[Array, ""], plan: MaskedConfig) -> Bool[Array, ""]:
+    """Whether masks change in the update of a step."""
+    inside = (step >= plan.begin) & (step <= plan.end)
+    return inside & ((step - plan.begin) % plan.every == 0)
+
+
+def _states(opt_state: PyTree) -> list[SparseState]:
     is_state = lambda x: isinstance(x, SparseState)  # noqa: E731
-    found: dict[str, Mask] = {}
+    found: list[SparseState] = []
     waiting = [opt_state]
     while waiting:
         for x in jax.tree.leaves(waiting.pop(), is_leaf=is_state):
             if is_state(x):
-                found |= x.masks
+                found.append(x)
                 waiting.append(x.inner)
     if not found:
         raise ValueError(
             "this optimiser state has no masks; wrap it in sparse(tx, plan)"
         )
     return found
-
-
-def effective(params: PyTree, opt_state: PyTree, plan: MaskedConfig) -> PyTree:
-    """Give the weights that the model computes with: masked, with dense gradients.
-
-    Values equal the stored ones where those are masked already, which is from the first
-    update on. Their gradient is dense even then: updaters grow by it, and ``sparse``
-    takes the live part.
-    """
-    estimate = partial(masked.ESTIMATORS[plan.estimator], **plan.estimator_arguments)
-    if _stores_masked(plan):
-        estimate = straight_through
-    masks, active = masks_of(opt_state), _active(params, plan)
-
-    def apply(path: str, x: Array) -> Array:
-        return estimate(x, masks[path][...]) if path in active else x
-
-    return tree.map_with_path(apply, params)
 
 
 def _foreign() -> Any:
@@ -139,37 +188,15 @@ def _stores_masked(plan: MaskedConfig) -> bool:
     return masked.ESTIMATORS[plan.estimator] is masked.ESTIMATORS["masked"]
 
 
-def _is_due(step: Int[Array, ""], plan: MaskedConfig) -> Bool[Array, ""]:
-    inside = (step >= plan.begin) & (step <= plan.end)
-    return inside & ((step - plan.begin) % plan.every == 0)
-
-
-def _per_layer(function: Any, target: Target) -> Any:
-    """Map over the axes that stack layers."""
-    for _ in target.stack:
-        function = jax.vmap(function)
-    return function
-
-
-def _keys(target: Target, plan: MaskedConfig, step: int | Int[Array, ""]) -> Array:
-    """One key a layer, a function of the seed, the step and the path alone."""
-    key = jax.random.fold_in(jax.random.key(plan.seed), step)
-    key = jax.random.fold_in(key, zlib.crc32(target.path.encode()))
-    return jax.random.split(key, target.stack)
-
-
-def _initial(
-    target: Target, weight: Float[Array, "*shape"], plan: MaskedConfig
-) -> Bool[Array, "*shape"]:
-    keep = target.keep(masked.SCHEDULES[plan.schedule](-1, target.ramp))
-    criterion = masked.CRITERIA[plan.initial_criterion]
-
-    def one(weight: Array, key: Array) -> Array:
-        return target.structure(criterion(Evidence(weight, None, key)), keep)
-
-    # Step -1 has a key of its own: fold_in takes what would be 2**32 - 1.
-    mask = _per_layer(one, target)(weight, _keys(target, plan, 2**32 - 1))
-    return constrain(mask, target.axes, PARAMETERS)
+def _check_masks(active: Mapping[str, Target], masks: Mapping[str, Mask]) -> None:
+    for path, target in active.items():
+        shape = target.stack + target.shape
+        found = masks[path].shape if path in masks else None
+        if found != shape:
+            raise ValueError(
+                f"the mask of {path} has shape {found}, its parameter {shape}: this"
+                " optimiser state is of another model or plan; begin with init"
+            )
 
 
 def _active(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
@@ -178,9 +205,56 @@ def _active(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
     return {path: target for path, target in found.items() if not target.is_dense}
 
 
+def _initial(
+    found: Mapping[str, Target],
+    params: PyTree,
+    plan: MaskedConfig,
+    measured: Measured | None,
+) -> dict[str, Array]:
+    arrays = tree.leaves(params)
+    given = [tree.leaves(x) for x in measured or ({}, {})]
+    seen = {}
+    for path, target in found.items():
+        # Step -1 has a key of its own: fold_in takes what would be 2**32 - 1.
+        keys = target.keys(plan.seed, 2**32 - 1)
+        gradient, curvature = (x.get(path) for x in given)
+        seen[path] = Evidence(arrays[path], gradient, keys, curvature=curvature)
+    masks = {p: jnp.ones_like(arrays[p], bool) for p in found}
+    budget = budgets(plan, found, -1, masks, seen)
+    criterion, updater = (
+        masked.CRITERIA[plan.initial_criterion],
+        masked.UPDATERS["select"],
+    )
+    rules = {p: (criterion, updater, budget[p]) for p in found}
+    return {p: _changed(t, rules[p], masks[p], seen[p]) for p, t in found.items()}
+
+
+def _masked_step(
+    plan: MaskedConfig,
+    active: Mapping[str, Target],
+    state: SparseState,
+    step: Any,
+    given: tuple[PyTree, PyTree],
+) -> tuple[PyTree, SparseState]:
+    """Take the step under the masks that it leads to; the arguments are ``_next``'s."""
+    params = given[0]
+    old = {path: state.masks[path][...] for path in active}
+    state = state._replace(kept=keeping.followed(plan, active, state, *given))
+    step, new = _next(plan, active, state, step, given)
+    due = is_due(state.step, plan)
+    (step, inner), kept = keeping.rewound(plan, due, state, step, params)
+    if _stores_masked(plan):
+        both = {path: old[path] & new[path] for path in active}
+        step = _stay_zero(both, step, params)
+        inner = _where(both, inner, owners(inner, tree.leaves(params)))
+    kept = keeping.tracked(kept, new)
+    changed: Any = {path: state.masks[path].replace(new[path]) for path in active}
+    return step, SparseState(state.step + 1, state.masks | changed, inner, kept)
+
+
 def _next(
     plan: MaskedConfig,
-    active: dict[str, Target],
+    active: Mapping[str, Target],
     state: SparseState,
     step: Any,
     given: tuple[PyTree, PyTree],
@@ -190,63 +264,97 @@ def _next(
     Args:
         plan: what to do.
         active: to which parameters.
-        state: before the step.
+        state: before the step, but what is kept is already after it.
         step: what the wrapped optimiser would do: its updates and its next state.
         given: the parameters before the step and their dense gradients.
     """
     old = {path: state.masks[path][...] for path in active}
     updater = masked.UPDATERS[plan.updater]
-    if updater is masked.UPDATERS["static"] or not active:
-        return step, old
+    changes = active and updater is not masked.UPDATERS["static"]
+    full = {path: jnp.ones_like(mask) for path, mask in old.items()}
 
     def change() -> tuple[Any, dict[str, Array]]:
         taken = step
         if updater in masked.REPLACES_STEP:
             taken = (jax.tree.map(jnp.zeros_like, step[0]), state.inner)
-        weights, slopes, updates = map(tree.leaves, (*given, taken[0]))
-        found = {}
-        for path, target in active.items():
-            weight: Any = optax.apply_updates(weights[path], updates[path])
-            seen = Evidence(weight, slopes[path], _keys(target, plan, state.step))
-            found[path] = _changed(target, plan, state.step, old[path], seen)
+        seen = _evidence(plan, active, state, taken, given)
+        budget = budgets(plan, active, state.step, old, seen)
+        criterion = masked.CRITERIA[plan.criterion]
+        update = partial(updater, **plan.updater_arguments)
+        found = {
+            path: _changed(
+                target, (criterion, update, budget[path]), old[path], seen[path]
+            )
+            for path, target in active.items()
+        }
         return taken, found
 
-    return jax.lax.cond(_is_due(state.step, plan), change, lambda: (step, old))
+    if changes:
+        step, new = jax.lax.cond(is_due(state.step, plan), change, lambda: (step, old))
+    else:
+        new = old
+    if plan.dense_from is None:
+        return step, new
+    opened = state.step >= plan.dense_from
+    return step, {p: jnp.where(opened, full[p], new[p]) for p in new}
+
+
+def _evidence(
+    plan: MaskedConfig,
+    active: Mapping[str, Target],
+    state: SparseState,
+    taken: Any,
+    given: tuple[PyTree, PyTree],
+) -> dict[str, Evidence]:
+    """Collect what is known of the weights after the step that is taken."""
+    weights, slopes, updates = map(tree.leaves, (*given, taken[0]))
+    known = {
+        name: {path: x[...] for path, x in state.kept[name].items()}
+        for name in ("momentum", "movement", "logits")
+        if name in state.kept
+    }
+    for name in needs(plan) & set(FIELDS) - set(known):
+        known[name] = moments(taken[1], given[0], name, active)
+    found = {}
+    for path, target in active.items():
+        weight: Any = optax.apply_updates(weights[path], updates[path])
+        extra: Any = {name: values[path] for name, values in known.items()}
+        keys = target.keys(plan.seed, state.step)
+        found[path] = Evidence(weight, slopes[path], keys, **extra)
+    return found
 
 
 def _changed(
     target: Target,
-    plan: MaskedConfig,
-    step: Int[Array, ""],
+    how: tuple[Any, Any, Any],
     mask: Bool[Array, "*shape"],
     seen: Evidence,
 ) -> Bool[Array, "*shape"]:
     """Change the mask of every layer of one parameter."""
-    keep = target.keep(masked.SCHEDULES[plan.schedule](step, target.ramp))
-    # Cosine annealing of what moves, to 0 at the end of the schedule.
-    turn = jnp.pi * step.astype(jnp.float32) / max(plan.end, 1)
-    moved = target.moved(keep, plan.moved / 2 * (1 + jnp.cos(turn)))
-    rule = Rule(target.structure, masked.CRITERIA[plan.criterion], keep, moved)
+    criterion, updater, budget = how
+    final = target.count(target.ramp.final)
 
-    def one(mask: Array, seen: Evidence) -> Array:
-        return masked.UPDATERS[plan.updater](mask, seen, rule)
+    def one(mask: Array, seen: Evidence, budget: Any) -> Array:
+        rule = Rule(target.structure, criterion, budget.keep, budget.moved, final)
+        return updater(mask, seen, rule)
 
-    return constrain(_per_layer(one, target)(mask, seen), target.axes, PARAMETERS)
+    mask = target.each(one)(mask, seen, budget)
+    return constrain(mask, target.axes, PARAMETERS)
 
 
 def _where(
-    masks: dict[str, Array], values: PyTree, owners: dict[str, str] | None = None
+    masks: Mapping[str, Array], values: PyTree, owner: dict[str, str] | None = None
 ) -> PyTree:
     """Put 0 wherever the mask of a leaf's owner, by default itself, is not live."""
 
     def one(path: str, x: Array) -> Array:
-        owner = path if owners is None else owners.get(path)
-        return masked.ESTIMATORS["masked"](x, masks[owner]) if owner in masks else x
+        name = path if owner is None else owner.get(path, "")
+        return masked.ESTIMATORS["masked"](x, masks[name]) if name in masks else x
 
     return tree.map_with_path(one, values)
 
 
-def _stay_zero(masks: dict[str, Array], updates: PyTree, params: PyTree) -> PyTree:
+def _stay_zero(masks: Mapping[str, Array], updates: PyTree, params: PyTree) -> PyTree:
     """Make an update take every weight that is not kept to exactly 0."""
     weights = tree.leaves(params)
 
@@ -258,26 +366,3 @@ def _stay_zero(masks: dict[str, Array], updates: PyTree, params: PyTree) -> PyTr
         return jnp.where(masks[path], update.astype(kind), away)
 
     return tree.map_with_path(one, updates)
-
-
-def _owners(inner: PyTree, params: dict[str, Array]) -> dict[str, str]:
-    """Find which parameter each leaf of a state belongs to, by path and shape.
-
-    A leaf may end with the paths of two parameters: ``mu/a/w`` with ``w`` and ``a/w``.
-    The right one is that whose prefix, here ``mu``, is common to most leaves.
-    """
-    candidates: dict[str, list[tuple[str, str]]] = {}
-    for path, x in tree.leaves(inner).items():
-        parts = path.split("/")
-        ends = [("/".join(parts[:i]), "/".join(parts[i:])) for i in range(len(parts))]
-        candidates[path] = [
-            (prefix, name)
-            for prefix, name in ends
-            if name in params and params[name].shape == jnp.shape(x)
-        ]
-    common = Counter(prefix for found in candidates.values() for prefix, _ in found)
-    return {
-        path: max(found, key=lambda pair: (common[pair[0]], len(pair[1])))[1]
-        for path, found in candidates.items()
-        if found
-    }

@@ -6,9 +6,12 @@ parameters, which of their axes only stack layers, what structure, how many weig
 
 import math
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from sparsejax import masked, tree
@@ -25,7 +28,9 @@ STACK = ("l", "e")  # leading axes that stack layers and experts
 # What stays dense unless ``include`` says otherwise: by axis, and for trees without
 # axes by name. Embeddings, memory slots and their keys; routers end in experts.
 DENSE_AXES = frozenset("vmre")
-DENSE_NAMES = r"(^|/)(\w*embedding\w*|\w*norm\w*|bias|router\w*|keys|table|sinks?)(/|$)"
+DENSE_NAMES = (
+    r"(^|/)(\w*embedding\w*|\w*norm\w*|\w*bias|router\w*|keys|table|sinks?)(/|$)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,23 @@ class Target:
     stack: tuple[int, ...]  # how many of them
     structure: Structure
     ramp: Ramp
+
+    @property
+    def size(self) -> int:
+        """Count the weights of one layer."""
+        return math.prod(self.shape)
+
+    def each(self, function: Any) -> Any:
+        """Map over the axes that stack layers."""
+        for _ in self.stack:
+            function = jax.vmap(function)
+        return function
+
+    def keys(self, seed: int, step: int | Int[Array, ""]) -> Array:
+        """Give one key a layer, a function of the seed, the step and the path alone."""
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        key = jax.random.fold_in(key, zlib.crc32(self.path.encode()))
+        return jax.random.split(key, self.stack)
 
     @property
     def is_dense(self) -> bool:
@@ -112,6 +134,7 @@ def targets(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
             ),
         )
         _check(found[path], plan)
+    _check_ranking(found, plan)
     return found
 
 
@@ -164,16 +187,17 @@ def _layer(shape: tuple[int, ...], letters: list[str]) -> Layer:
 
 
 def _structure(plan: MaskedConfig, path: str, letters: list[str]) -> Structure:
-    """Build the structure; an axis may be named by its letter."""
+    """Build the structure; an axis may be named by its letter, or by several to try."""
     arguments = dict(plan.structure_arguments)
     axis = arguments.get("axis")
     if isinstance(axis, str):
-        if axis not in letters:
+        found = [letters.index(letter) for letter in axis if letter in letters]
+        if not found:
             raise ValueError(
                 f"structure_arguments.axis={axis!r} is no axis of {path}, which has"
                 f" {' '.join(letters) or 'no names'}; give a number, or exclude it"
             )
-        arguments["axis"] = letters.index(axis)
+        arguments["axis"] = found[0]
     return masked.STRUCTURES[plan.structure](**arguments)
 
 
@@ -191,4 +215,29 @@ def _check(target: Target, plan: MaskedConfig) -> None:
             f"moved={plan.moved} of the {keep} weights that {target.path} keeps is less"
             f" than the {quantum} that its structure moves at once; raise moved, or"
             " exclude it"
+        )
+
+
+def _check_ranking(found: Mapping[str, Target], plan: MaskedConfig) -> None:
+    """One ranking over all layers needs one kind of unit."""
+    allocation = masked.ALLOCATIONS[plan.allocation]
+    shares = allocation in masked.SHARED_BY
+    if allocation not in masked.RANKED_BY and not shares:
+        return
+    some = next(iter(found.values()))
+    units = {x.structure.quantum(x.shape) for x in found.values()}
+    if (
+        not hasattr(some.structure, "units")
+        or len(units) > 1
+        or (shares and max(units) > 1)
+    ):
+        raise ValueError(
+            f"allocation={plan.allocation!r} compares weights of all layers, and"
+            f" structure={plan.structure!r} has units of {sorted(units)} weights in"
+            " them; choose structure='unstructured', or another allocation"
+        )
+    if sum(x.size * math.prod(x.stack) for x in found.values()) >= 2**31:
+        raise ValueError(
+            f"allocation={plan.allocation!r} ranks more weights than an int32 counts;"
+            " choose another, or exclude some"
         )

@@ -4,6 +4,10 @@ A structure is called as ``(scores, keep) -> mask`` on the weights of one layer 
 be traced and mapped. ``quantum(shape)`` is the least number of weights it can add or
 remove; every ``keep`` is a multiple of it. Higher scores are kept, ties go to the lower
 index (row-major, or along the group), NaN counts as the lowest score.
+
+Those whose unit is the same everywhere give ``units(scores)``, one score a unit, for
+one ranking over several layers. Those that keep equally many in groups of one size give
+``grouped(x)`` and its inverse.
 """
 
 import math
@@ -14,7 +18,17 @@ import jax.numpy as jnp
 
 from sparsejax.typing import Array, Bool, Float, Int
 
-__all__ = ["Block", "NOfM", "Structure", "Unstructured"]
+__all__ = [
+    "Block",
+    "ConstantFanIn",
+    "NOfM",
+    "Slice",
+    "Structure",
+    "Unstructured",
+    "column",
+    "heads",
+    "row",
+]
 
 
 @runtime_checkable
@@ -63,11 +77,23 @@ class Unstructured:
         """Give 1: any count is possible."""
         return 1
 
+    def units(self, scores: Float[Array, "*shape"]) -> Float[Array, " units"]:
+        """Give the score of every weight."""
+        return scores.reshape(-1)
+
+    def grouped(self, x: Array) -> Array:
+        """Take the layer as one group."""
+        return x.reshape(1, -1)
+
+    def ungrouped(self, groups: Array, shape: tuple[int, ...]) -> Array:
+        """Undo ``grouped``."""
+        return groups.reshape(shape)
+
     def __call__(
         self, scores: Float[Array, "*shape"], keep: int | Int[Array, ""]
     ) -> Bool[Array, "*shape"]:
         """Mark the ``keep`` best weights."""
-        return best(scores.reshape(-1), keep).reshape(scores.shape)
+        return best(self.units(scores), keep).reshape(scores.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +129,31 @@ class NOfM:
     ) -> Bool[Array, "*shape"]:
         """Mark the ``keep / groups`` best weights of every group."""
         each = keep // max(self.quantum(scores.shape), 1)
-        last = jnp.moveaxis(scores, self.axis, -1)
-        mask = best(last.reshape(-1, self.m), each).reshape(last.shape)
-        return jnp.moveaxis(mask, -1, self.axis)
+        return self.ungrouped(best(self.grouped(scores), each), scores.shape)
+
+    def grouped(self, x: Array) -> Array:
+        """Give the weights of each group as a row."""
+        return jnp.moveaxis(x, self.axis, -1).reshape(-1, self.m)
+
+    def ungrouped(self, groups: Array, shape: tuple[int, ...]) -> Array:
+        """Undo ``grouped``."""
+        return _from_last(groups, self.axis, shape)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """Keep whole tiles over the last axes, those with the best mean score.
 
+    With ``power=2`` and sizes as scores, tiles are ranked by their Frobenius norm.
+
+    Source: Okanovic et al. 2025, arXiv:2507.03117, Sec. 3.
+
     >>> Block(tile=(1, 2))(jnp.array([[1.0, 1.0, 5.0, 0.0]]), 2).tolist()
     [[False, False, True, True]]
     """
 
     tile: tuple[int, ...]  # its sides along the last axes
+    power: int = 1  # of the scores, their sign kept, before their mean is taken
 
     def quantum(self, shape: tuple[int, ...]) -> int:
         """Give the number of weights in a tile.
@@ -138,10 +175,111 @@ class Block:
     ) -> Bool[Array, "*shape"]:
         """Mark the ``keep / tile`` best tiles."""
         tiles = keep // self.quantum(scores.shape)
-        lead = scores.ndim - len(self.tile)
-        tile = (1,) * lead + self.tile
-        cut = [x for n, t in zip(scores.shape, tile, strict=True) for x in (n // t, t)]
+        live = best(self.units(scores), tiles)
+        cut = [x for pair in self._cut(scores.shape) for x in pair]
+        counts = [n if i % 2 == 0 else 1 for i, n in enumerate(cut)]
+        return jnp.broadcast_to(live.reshape(counts), cut).reshape(scores.shape)
+
+    def units(self, scores: Float[Array, "*shape"]) -> Float[Array, " units"]:
+        """Give the mean score of every tile."""
+        cut = [x for pair in self._cut(scores.shape) for x in pair]
         inner = tuple(range(1, 2 * scores.ndim, 2))
-        means = jnp.mean(scores.reshape(cut), axis=inner, keepdims=True)
-        live = best(means.reshape(-1), tiles).reshape(means.shape)
-        return jnp.broadcast_to(live, cut).reshape(scores.shape)
+        if self.power != 1:
+            scores = jnp.sign(scores) * jnp.abs(scores) ** self.power
+        return jnp.mean(scores.reshape(cut), axis=inner).reshape(-1)
+
+    def _cut(self, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+        """Give, for each axis, how many tiles there are and how long they are."""
+        tile = (1,) * (len(shape) - len(self.tile)) + self.tile
+        return [(n // t, t) for n, t in zip(shape, tile, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """Keep whole slices across one axis, those with the best mean score.
+
+    >>> Slice(axis=1)(jnp.array([[1.0, 9.0], [1.0, 0.0]]), 2).tolist()
+    [[False, True], [False, True]]
+    """
+
+    axis: int  # counted without the stack axes
+
+    def quantum(self, shape: tuple[int, ...]) -> int:
+        """Give the number of weights in a slice.
+
+        Raises:
+            ValueError: if there is no such axis.
+        """
+        if not -len(shape) <= self.axis < len(shape):
+            raise ValueError(
+                f"axis={self.axis} is no axis of shape {shape}; choose another, or"
+                " exclude the parameter"
+            )
+        return math.prod(shape) // max(shape[self.axis], 1)
+
+    def units(self, scores: Float[Array, "*shape"]) -> Float[Array, " units"]:
+        """Give the mean score of every slice."""
+        first = jnp.moveaxis(scores, self.axis, 0)
+        return jnp.mean(first.reshape(first.shape[0], -1), axis=1)
+
+    def __call__(
+        self, scores: Float[Array, "*shape"], keep: int | Int[Array, ""]
+    ) -> Bool[Array, "*shape"]:
+        """Mark the ``keep / slice`` best slices."""
+        live = best(self.units(scores), keep // self.quantum(scores.shape))
+        sides = [1] * scores.ndim
+        sides[self.axis] = -1
+        return jnp.broadcast_to(live.reshape(sides), scores.shape)
+
+
+def row() -> Slice:
+    """Keep whole inputs: slices across the first axis."""
+    return Slice(axis=0)
+
+
+def column() -> Slice:
+    """Keep whole outputs, or channels: slices across the last axis."""
+    return Slice(axis=-1)
+
+
+def heads(*, axis: int) -> Slice:
+    """Keep whole heads; a plan takes ``axis="hg"`` for whichever a parameter has."""
+    return Slice(axis=axis)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantFanIn:
+    """Keep equally many of the inputs of every output.
+
+    Source: Lasby et al. 2023, arXiv:2305.02299, Sec. 3.
+
+    >>> ConstantFanIn()(jnp.array([[1.0, 9.0], [2.0, 0.0]]), 2).tolist()
+    [[False, True], [True, False]]
+    """
+
+    axis: int = 0  # that a matrix product sums over
+
+    def quantum(self, shape: tuple[int, ...]) -> int:
+        """Give the number of outputs: each gains an input when the budget grows."""
+        return Slice(axis=self.axis).quantum(shape)
+
+    def grouped(self, x: Array) -> Array:
+        """Give the inputs of each output as a row."""
+        return jnp.moveaxis(x, self.axis, -1).reshape(-1, x.shape[self.axis])
+
+    def ungrouped(self, groups: Array, shape: tuple[int, ...]) -> Array:
+        """Undo ``grouped``."""
+        return _from_last(groups, self.axis, shape)
+
+    def __call__(
+        self, scores: Float[Array, "*shape"], keep: int | Int[Array, ""]
+    ) -> Bool[Array, "*shape"]:
+        """Mark the ``keep / outputs`` best inputs of every output."""
+        each = keep // max(self.quantum(scores.shape), 1)
+        return self.ungrouped(best(self.grouped(scores), each), scores.shape)
+
+
+def _from_last(groups: Array, axis: int, shape: tuple[int, ...]) -> Array:
+    """Put rows back along the axis that they were taken along."""
+    rest = [n for i, n in enumerate(shape) if i != axis % len(shape)]
+    return jnp.moveaxis(groups.reshape(*rest, shape[axis]), -1, axis)

@@ -1,7 +1,9 @@
 """Updaters: a mask and the evidence in, the next mask out.
 
-Every updater has the signature ``(mask, seen, rule) -> mask`` and is one set of
-arguments of ``prune_and_grow``; the mask it returns has exactly ``rule.keep`` weights.
+Every updater has the signature ``(mask, seen, rule) -> mask``, with arguments of its
+own by keyword, and most are one set of arguments of ``prune_and_grow``. The mask that
+it returns has exactly ``rule.keep`` weights; ``srigl``, which may give up whole
+neurons, has as many as an equal number for each of the others allows.
 """
 
 from collections.abc import Callable
@@ -9,11 +11,22 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from sparsejax.masked.criteria import Evidence, gradient, random
-from sparsejax.masked.structures import Structure
+from sparsejax.masked.criteria import Evidence, gradient, momentum, random
+from sparsejax.masked.structures import ConstantFanIn, Structure, best
 from sparsejax.typing import Array, Bool, Float, Int
 
-__all__ = ["Rule", "prune", "prune_and_grow", "rigl", "select", "set_", "static"]
+__all__ = [
+    "Rule",
+    "among",
+    "prune",
+    "prune_and_grow",
+    "rigl",
+    "select",
+    "set_",
+    "sparse_momentum",
+    "srigl",
+    "static",
+]
 
 Criterion = Callable[[Evidence], Float[Array, "*shape"]]
 
@@ -25,6 +38,7 @@ class Rule(NamedTuple):
     criterion: Criterion  # what the weights are kept by
     keep: int | Int[Array, ""]  # live weights after the update
     moved: int | Int[Array, ""] = 0  # of those, how many are grown anew
+    final: int = 0  # live weights at the end of the schedule
 
 
 def prune_and_grow(
@@ -41,8 +55,8 @@ def prune_and_grow(
     """
     live = jnp.sum(mask)
     stay = jnp.minimum(rule.keep - rule.moved, live)
-    kept = rule.structure(_among(mask, rule.criterion(seen)), stay)
-    return kept | rule.structure(_among(~kept, grow(seen)), rule.keep - stay)
+    kept = rule.structure(among(mask, rule.criterion(seen)), stay)
+    return kept | rule.structure(among(~kept, grow(seen)), rule.keep - stay)
 
 
 def prune(
@@ -84,6 +98,69 @@ def rigl(
     return prune_and_grow(mask, seen, rule, grow=gradient)
 
 
+def sparse_momentum(
+    mask: Bool[Array, "*shape"], seen: Evidence, rule: Rule
+) -> Bool[Array, "*shape"]:
+    """Grow where the running mean of the gradient is largest.
+
+    With ``allocation="momentum"``, layers of more momentum also get more of what grows.
+
+    Source: Dettmers and Zettlemoyer 2019, arXiv:1907.04840, Sec. 3. Departure: the
+    share that moves falls to 0, the count is exact.
+    """
+    return prune_and_grow(mask, seen, rule, grow=momentum)
+
+
+def srigl(
+    mask: Bool[Array, "*shape"],
+    seen: Evidence,
+    rule: Rule,
+    *,
+    salient: float = 0.3,
+) -> Bool[Array, "*shape"]:
+    """Move weights as RigL does, every neuron with equally many, idle ones with none.
+
+    Salient are the weights of the whole layer that RigL would keep or grow. Neurons
+    with few of them are given up, and the others share the budget; each keeps its
+    salient weights, largest first, and grows by the gradient to the common count.
+
+    Source: Lasby et al. 2023, arXiv:2305.02299, Sec. 3.1. Departure: the fan-in that
+    ``salient`` is a share of is the one that all neurons together would have.
+
+    Args:
+        mask: before.
+        seen: weights and dense gradients.
+        rule: its structure is a constant fan-in.
+        salient: least share of its weights that has to be salient.
+
+    Raises:
+        ValueError: if the structure is another.
+    """
+    structure = rule.structure
+    if not isinstance(structure, ConstantFanIn):
+        raise ValueError(  # noqa: TRY004
+            f"srigl gives every neuron equally many weights, {structure} does not;"
+            " choose structure='constant_fan_in'"
+        )
+    rows = structure.grouped(mask)
+    size = among(rows, structure.grouped(rule.criterion(seen)))
+    slope = among(jnp.ones_like(rows), structure.grouped(gradient(seen)))
+    stay = jnp.minimum(rule.keep - rule.moved, jnp.sum(rows))
+    kept = best(size.reshape(-1), stay).reshape(rows.shape)
+    grown = best(slope.reshape(-1), rule.keep - stay).reshape(rows.shape)
+    count = jnp.sum(kept | grown, axis=1)
+    neurons, inputs = rows.shape
+    usual = jnp.asarray(rule.keep // neurons, jnp.float32)
+    least = jnp.maximum(jnp.floor(salient * usual), 1).astype(jnp.int32)
+    needed = best(count.astype(jnp.float32), -(-rule.keep // inputs))
+    active = (count >= least) | needed
+    each = rule.keep // jnp.maximum(jnp.sum(active), 1)
+    # Salient weights by size come first, then all others by gradient.
+    order = jnp.where(kept, inputs + _rank(size), _rank(slope)).astype(jnp.float32)
+    chosen = best(order, each) & active[:, None]
+    return structure.ungrouped(chosen, mask.shape)
+
+
 def static(
     mask: Bool[Array, "*shape"],
     seen: Evidence,  # noqa: ARG001
@@ -93,10 +170,16 @@ def static(
     return mask
 
 
-def _among(
+def among(
     eligible: Bool[Array, "*shape"], scores: Float[Array, "*shape"]
 ) -> Float[Array, "*shape"]:
     """Put everything else below the worst that is eligible, NaN included."""
-    limit = jnp.finfo(scores.dtype).max
+    limit = 1e15  # its square, and sums of that, are finite
     finite = jnp.nan_to_num(scores, nan=-limit, posinf=limit, neginf=-limit)
     return jnp.where(eligible, finite, -jnp.inf)
+
+
+def _rank(scores: Float[Array, "neurons inputs"]) -> Int[Array, "neurons inputs"]:
+    """Count the scores of a row that are worse; of equal ones the later is."""
+    order = jnp.argsort(scores[:, ::-1], axis=1, stable=True)
+    return jnp.argsort(order, axis=1)[:, ::-1]

@@ -93,12 +93,14 @@ class Config:
             f"must not exceed train.steps={steps}",
         )
         if self.masked is not None:
-            require(
-                self.masked.end <= steps,
-                "masked.end",
-                self.masked.end,
-                f"the schedule must end within train.steps={steps}",
-            )
+            for name in ("end", "dense_from"):
+                value = getattr(self.masked, name) or 0
+                require(
+                    value < steps,
+                    f"masked.{name}",
+                    value,
+                    f"must be one of the steps 0 to {steps - 1} of train.steps={steps}",
+                )
 
 
 # What may differ between two runs in one workdir: it changes no number of a step.

@@ -17,11 +17,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sparsejax.config import ConfigError, fingerprint, to_dict
 from sparsejax.data import Batch, Data, merge_states, open_data
+from sparsejax.masked import masks_of
 from sparsejax.partition import BATCH
 from sparsejax.sharding.mesh import check_divisible, make_mesh, shardings
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import FREE, Config
 from sparsejax.train.distributed import Process, gather_json, global_batch
+from sparsejax.train.mask_plots import drawn
 from sparsejax.train.metrics import MetricsLog, Profiler, Progress
 from sparsejax.train.report import costs, finish, sample_text
 from sparsejax.train.step import State, Step, compiled, statistics
@@ -220,8 +222,11 @@ class _Loop:
                 tokens=last.sample_tokens,
                 seed=self.config.seed,
             )
+        masks = None
+        if self.config.masked is not None:
+            masks = drawn(masks_of(state.opt))
         if self.process.index == 0:
-            return finish(self.config, self.workdir, results)
+            return finish(self.config, self.workdir, results, masks)
         return results
 
     def close(self) -> None:

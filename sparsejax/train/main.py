@@ -86,7 +86,9 @@ def _main(flags: argparse.Namespace, config: Any) -> int:
     from sparsejax.train.workdir import DiskError, format_summary  # noqa: PLC0415
 
     process = initialize(flags.coordinator, flags.processes, flags.process_id)
-    name = f"{Path(flags.config).stem}-{fingerprint(config)[:8]}"
+    file, _, given = flags.config.partition(".py:")
+    name = "-".join(filter(None, (Path(file).stem, given)))
+    name = f"{name}-{fingerprint(config)[:8]}"
     workdir = flags.workdir or Path("runs") / name
     plain = (CheckpointError, DiskError, NonFiniteError)
     try:

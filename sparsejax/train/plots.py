@@ -7,6 +7,7 @@ look of all figures; nothing here touches matplotlib's global state.
 
 import contextlib
 import fnmatch
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,7 +173,7 @@ def mask_density(axes: Axes, table: Table) -> Axes:
 
     Heavy lines are means over the layers; the dotted line is a dense model.
     """
-    names = _names(table, "masked/density/*")
+    names = named(table, "masked/density/*")
     shown = names[:MANY]
     for number, name in enumerate(shown):
         seen = column(table, name)
@@ -189,8 +190,8 @@ def mask_density(axes: Axes, table: Table) -> Axes:
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("density (share of weights kept)")
     title = f"first {MANY} of {len(names)}" if len(names) > MANY else None
-    _legend_beside(axes, len(shown), title)
-    return _over_steps(axes)
+    legend_beside(axes, len(shown), title)
+    return over_steps(axes)
 
 
 def memory_usage(axes: Axes, table: Table, *, name: str = "memory/usage") -> Axes:
@@ -207,18 +208,22 @@ def memory_usage(axes: Axes, table: Table, *, name: str = "memory/usage") -> Axe
     axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
     axes.set_ylim(0, 1.05)
     axes.set_ylabel("share of slots read in a batch")
-    _legend_beside(axes, layers.shape[1], None)
-    return _over_steps(axes)
+    legend_beside(axes, layers.shape[1], None)
+    return over_steps(axes)
 
 
 def write_plots(
-    workdir: str | Path, patterns: Mapping[str, np.ndarray] | None = None
+    workdir: str | Path,
+    patterns: Mapping[str, np.ndarray] | None = None,
+    *,
+    more: Mapping[str, Callable[[Table], Figure | None]] | None = None,
 ) -> list[Path]:
     """Draw every figure that the run has data for into ``plots/*.png``.
 
     Args:
         workdir: holds ``metrics.jsonl``.
         patterns: block pictures of attention masks, by layer name.
+        more: further figures by file name, each made from the table; None: no data.
     """
     table = read_metrics(workdir)
     folder = Path(workdir) / "plots"
@@ -230,6 +235,8 @@ def write_plots(
         "memory_usage": lambda: _single(memory_usage, table, "memory/usage"),
         "attention": lambda: _pattern_figure(patterns or {}),
     }
+    for name, make in (more or {}).items():
+        figures[name] = functools.partial(make, table)
     written = []
     with style():
         for name, draw in figures.items():
@@ -241,7 +248,7 @@ def write_plots(
 
 
 def _loss_figure(table: Table) -> Figure | None:
-    drawn = [f for f, name in _LOSSES.items() if _names(table, name)]
+    drawn = [f for f, name in _LOSSES.items() if named(table, name)]
     if not drawn:
         return None
     figure = Figure(figsize=(6.4, 3.2 * len(drawn)))
@@ -256,8 +263,8 @@ def _load_figure(table: Table) -> Figure | None:
     load = column(table, "moe/load").values
     if not load.size:
         return None
-    layers = _evenly(load.shape[1])
-    rows, columns = _grid(len(layers))
+    layers = evenly(load.shape[1])
+    rows, columns = grid(len(layers))
     figure = Figure(figsize=(1.4 + 3.1 * columns, 0.7 + 2.5 * rows))
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes, layer in zip(panels.flat, layers, strict=False):
@@ -276,8 +283,8 @@ def _load_figure(table: Table) -> Figure | None:
 def _pattern_figure(patterns: Mapping[str, np.ndarray]) -> Figure | None:
     if not patterns:
         return None
-    names = [list(patterns)[i] for i in _evenly(len(patterns))]
-    rows, columns = _grid(len(names))
+    names = [list(patterns)[i] for i in evenly(len(patterns))]
+    rows, columns = grid(len(names))
     figure = Figure(figsize=(0.4 + 2.7 * columns, 0.5 + 3.1 * rows))
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes, name in zip(panels.flat, names, strict=False):
@@ -296,21 +303,21 @@ def _pattern_figure(patterns: Mapping[str, np.ndarray]) -> Figure | None:
 
 
 def _single(draw: Callable[..., Axes], table: Table, name: str) -> Figure | None:
-    if not _names(table, name):
+    if not named(table, name):
         return None
     figure = Figure(figsize=(6.4, 3.6))
     draw(figure.subplots(), table)
     return figure
 
 
-def _names(table: Table, pattern: str) -> list[str]:
+def named(table: Table, pattern: str) -> list[str]:
     """Metrics of a table whose names match, in the order of their first appearance."""
     seen = dict.fromkeys(name for row in table for name in row)
     return [name for name in seen if fnmatch.fnmatchcase(name, pattern)]
 
 
-def _evenly(count: int) -> list[int]:
-    """All of few, or ``MANY`` of many, the first and the last among them."""
+def evenly(count: int) -> list[int]:
+    """Choose all of few, or ``MANY`` of many, the first and the last among them."""
     return (
         np.unique(np.linspace(0, count - 1, min(count, MANY)).round())
         .astype(int)
@@ -318,7 +325,8 @@ def _evenly(count: int) -> list[int]:
     )
 
 
-def _grid(count: int) -> tuple[int, int]:
+def grid(count: int) -> tuple[int, int]:
+    """Give rows and columns of panels."""
     columns = min(count, 3 if count > 4 else 2)
     return -(-count // columns), columns
 
@@ -341,7 +349,7 @@ def _heat(axes: Axes, steps: np.ndarray, ratio: np.ndarray) -> None:
     axes.grid(False)
     axes.invert_yaxis()
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    _over_steps(axes)
+    over_steps(axes)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
@@ -353,7 +361,8 @@ def _running_mean(values: np.ndarray) -> np.ndarray:
     return (total[place + near + 1] - total[place - near]) / (2 * near + 1)
 
 
-def _legend_beside(axes: Axes, entries: int, title: str | None) -> None:
+def legend_beside(axes: Axes, entries: int, title: str | None) -> None:
+    """Put the legend to the right, if there is anything to tell apart."""
     if entries > 1 or title:
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), title=title)
 
@@ -364,7 +373,8 @@ def _over_tokens(axes: Axes) -> Axes:
     return axes
 
 
-def _over_steps(axes: Axes) -> Axes:
+def over_steps(axes: Axes) -> Axes:
+    """Label the horizontal axis."""
     axes.set_xlabel("step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     return axes

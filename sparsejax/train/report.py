@@ -13,6 +13,7 @@ from sparsejax.nn import Transformer
 from sparsejax.nn.cost import attention_masks, cost, peak_bytes
 from sparsejax.nn.generate import generate
 from sparsejax.partition import BATCH
+from sparsejax.train import mask_plots
 from sparsejax.train.config import Config
 from sparsejax.train.plots import write_plots
 from sparsejax.train.step import State
@@ -58,9 +59,25 @@ def picture(config: Config) -> dict[str, np.ndarray]:
     }
 
 
-def finish(config: Config, workdir: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Draw the plots, write ``summary.json``, and return it with the plots' paths."""
-    paths = write_plots(workdir, picture(config))
+def finish(
+    config: Config,
+    workdir: Path,
+    summary: dict[str, Any],
+    masks: dict[str, np.ndarray] | None = None,
+) -> dict[str, Any]:
+    """Draw the plots, write ``summary.json``, and return it with the plots' paths.
+
+    Args:
+        config: of the run.
+        workdir: of the run.
+        summary: what is known already.
+        masks: their pictures, as ``mask_plots.drawn`` makes them.
+    """
+    more = {
+        "masks": lambda _: mask_plots.masks_figure(masks or {}),
+        "mask_changes": mask_plots.changes_figure,
+    }
+    paths = write_plots(workdir, picture(config), more=more)
     summary = summary | {"plots": [str(path) for path in paths]}
     write_summary(workdir, summary)
     return summary

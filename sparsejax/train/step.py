@@ -101,7 +101,7 @@ class Step:
         self.token_bytes = np.asarray(token_bytes, np.int32)
         model = nnx.eval_shape(lambda: self._model(jax.random.key(0)))
         self.graph, self.params, self.variables = nnx.split(model, nnx.Param, ...)
-        steps = config.train.steps
+        steps = masked.horizon(config.masked, config.train.steps)
         self.schedule = make_schedule(config.optim, steps)
         self.rest, self.tables = self.params, None
         if config.optim.tables is not None:
@@ -142,14 +142,24 @@ class Step:
     def _merged(self, params: PyTree, state: State) -> Transformer:
         return nnx.merge(self.graph, params, state.variables, copy=True)
 
-    def _effective(self, params: PyTree, state: State) -> PyTree:
-        if self.config.masked is None:
-            return params
-        return masked.effective(params, state.opt, self.config.masked)
+    def _clock(self, state: State) -> Int[Array, ""]:
+        """Count the steps as the optimiser does, which masks may send back."""
+        plan = self.config.masked
+        return state.step if plan is None else masked.clock(state.step, plan)
 
-    def _armed(self, trained: PyTree, sinks: Any, state: State) -> Transformer:
+    def _effective(
+        self, params: PyTree, state: State, training: bool = False
+    ) -> PyTree:
+        plan = self.config.masked
+        if plan is None:
+            return params
+        return masked.effective(params, state.opt, plan, training=training)
+
+    def _armed(
+        self, trained: PyTree, sinks: Any, state: State, training: bool = False
+    ) -> Transformer:
         """Build the model from what is differentiated, and from tables if they rest."""
-        params = self._effective(trained, state)
+        params = self._effective(trained, state, training)
         if self.tables is not None:
             tables = self.tables.armed(state.params, state.opt.tables, sinks)
             params = nnx.merge_state(tables, params)
@@ -206,10 +216,11 @@ class Step:
         step = state.step + 1
         values = jnp.stack([scalars[name] for name in statistics(scalars)])
         fault = _first_fault(state.fault, step, values)
-        metrics = scalars | said | {"learning_rate": self.schedule(state.step)}
+        metrics = scalars | said | {"learning_rate": self.schedule(self._clock(state))}
         metrics |= {"batch_tokens": losses.tokens}
         if self.config.masked is not None:
-            metrics |= masked.metrics(masked.masks_of(opt), masked.masks_of(state.opt))
+            masks, before = masked.masks_of(opt), masked.masks_of(state.opt)
+            metrics |= masked.metrics(masks, before, **masked.tracked_of(opt))
         return State(step, params, variables, opt, fault), metrics
 
     def _moved(self, state: State, grads: PyTree, told: Any) -> tuple[PyTree, Any, Any]:
@@ -254,7 +265,7 @@ class Step:
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
         def objective(trained: PyTree, sinks: Any, batch: Batch, key: Array) -> Any:
-            model = self._armed(trained, sinks, state)
+            model = self._armed(trained, sinks, state, training=True)
             losses, hidden = self._losses(model, batch, key)
             extra = sum(hidden.losses.values(), start=jnp.zeros(()))
             z = self.config.train.z_loss * losses.z

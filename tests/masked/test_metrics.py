@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.masked import cost, masks_of, metrics, sparse
+from sparsejax.masked import Mask, cost, masks_of, metrics, sparse
 from tests.masked.networks import DOWN, EXPERTS, TX, UP, history, network, plan
 
 
@@ -22,6 +22,7 @@ def test_densities_are_given_by_path_and_layer():
     assert float(found["masked/density"]) == pytest.approx(live / (4 * 96 + 3 * 64))
     assert set(found) == {
         "masked/density",
+        "masked/dead_units",
         *(f"masked/density/{p}" for p in (UP, DOWN, EXPERTS)),
     }
 
@@ -35,6 +36,29 @@ def test_flip_rate_counts_what_changed():
     assert float(found["masked/flip_rate"]) == pytest.approx(total)
     expected = flips[UP].reshape(2, -1).mean(1)
     np.testing.assert_allclose(found[f"masked/flip_rate/{UP}"], expected, rtol=1e-6)
+
+
+def test_sad_is_what_changed_as_a_share_of_the_live():
+    old, new = (
+        {"w": jnp.array([[1, 1, 0, 0]]) > 0},
+        {"w": jnp.array([[1, 0, 1, 0]]) > 0},
+    )
+    assert float(metrics(new, old)["masked/sad"]) == 1
+    assert float(metrics(new, old)["masked/flip_rate"]) == 0.5
+
+
+def test_dead_units_are_outputs_without_a_live_input():
+    mask = jnp.zeros((2, 3, 4), bool).at[0, 1, 2].set(True)
+    for axes, dead in (("l d f", 7 / 8), ("d h c", 11 / 12), ("h c d", 3 / 4)):
+        found = metrics({"w": Mask(mask, axes=axes)})
+        assert float(found["masked/dead_units"]) == pytest.approx(dead)
+
+
+def test_what_is_tracked_tells_overlap_and_exploration():
+    first, ever = ({"w": jnp.array([x]) > 0} for x in ([1, 1, 0, 0], [1, 1, 1, 0]))
+    found = metrics({"w": jnp.array([[1, 0, 1, 0]]) > 0}, first=first, ever=ever)
+    assert float(found["masked/overlap"]) == 0.5
+    assert float(found["masked/explored"]) == 0.75
 
 
 def test_equal_masks_have_flip_rate_zero():

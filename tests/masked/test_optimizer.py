@@ -11,7 +11,7 @@ from flax import nnx
 
 from sparsejax import tree
 from sparsejax.masked import SparseState, effective, masks_of, sparse
-from sparsejax.masked.optimizer import _owners
+from sparsejax.masked.evidence import owners
 from tests.masked.networks import (
     DOWN,
     EXPERTS,
@@ -313,8 +313,7 @@ def test_a_plain_tree_has_one_layer_a_matrix():
 def test_state_belongs_to_the_parameter_whose_prefix_is_common():
     params = {"w": jnp.ones(3), "a": {"w": jnp.ones(3)}, "mu": {"w": jnp.ones(3)}}
     state = optax.adam(0.1).init(params)
-    owners = _owners(state, tree.leaves(params))
-    assert owners == {
+    assert owners(state, tree.leaves(params)) == {
         f"0/{moment}/{path}": path
         for moment in ("mu", "nu")
         for path in ("w", "a/w", "mu/w")

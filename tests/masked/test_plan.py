@@ -20,6 +20,19 @@ from tests.masked.networks import DOWN, EXPERTS, TX, UP, network, plan
         ({"schedule": "cubik"}, "did you mean 'cubic'"),
         ({"updater": "rigle"}, "did you mean 'rigl'"),
         ({"estimator": "ste"}, "estimator='ste'"),
+        (
+            {"structure": "n_of_m", "structure_arguments": {"n": 4}},
+            "structure_arguments.n=4: no argument of NOfM; .*m",
+        ),
+        ({"structure": "block"}, "structure_arguments={}: Block needs tile"),
+        (
+            {"allocation": "erk", "allocation_arguments": {"pwer": 4.0}},
+            "did you mean 'power'",
+        ),
+        (
+            {"estimator": "sr_ste", "estimator_arguments": {"lambda": 4.0}},
+            "estimator_arguments.lambda=4.0: no argument of sr_ste",
+        ),
         ({"density": 0.0}, r"density=0.0: must be in \(0, 1\]"),
         ({"density": 1.5}, "density=1.5"),
         ({"initial": 0.1}, "initial=0.1: must be at least density=0.25"),
@@ -106,6 +119,15 @@ def test_an_axis_may_be_named_by_its_letter(key):
         network(key), plan(structure="n_of_m", structure_arguments=arguments)
     )
     assert (found[UP].structure.axis, found[DOWN].structure.axis) == (0, 1)
+
+
+def test_an_axis_may_be_any_of_several_letters():
+    heads = {"query": "d h c", "key": "d g c"}
+    tree = nnx.State(
+        {p: nnx.Param(jnp.ones((8, 4, 6)), axes=a) for p, a in heads.items()}
+    )
+    chosen = plan(structure="heads", structure_arguments={"axis": "hg"})
+    assert all(x.structure.axis == 1 for x in targets(tree, chosen).values())
 
 
 def test_erk_gives_every_path_its_density(key):

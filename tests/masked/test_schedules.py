@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.masked import SCHEDULES, Ramp
+from sparsejax.masked import SCHEDULES, Ramp, window
 
 RAMP = Ramp(initial=0.9, final=0.2, begin=10, end=50, every=4)
 FALLING = sorted(set(SCHEDULES) - {"ac_dc"})
@@ -87,3 +87,39 @@ def test_ac_dc_alternates_and_ends_sparse():
     at = jnp.arange(10, 51, 4)
     dense = np.asarray(SCHEDULES["ac_dc"](at, RAMP)) > 0.5
     assert dense.tolist() == [True, False] * 5 + [False]
+
+
+def test_halving_keeps_a_half_then_a_quarter_in_equal_frames():
+    ramp = Ramp(initial=15 / 16, final=1 / 16, begin=10, end=50)
+    density = np.asarray(SCHEDULES["halving"](STEPS, ramp))
+    assert density[STEPS == 10] == np.float32(15 / 16)
+    for frame, expected in enumerate((1 / 2, 1 / 4, 1 / 8, 1 / 16)):
+        inside = (10 + 10 * frame < STEPS) & (20 + 10 * frame >= STEPS)
+        assert set(density[np.asarray(inside)].tolist()) == {expected}
+
+
+# Steps in all, first and last of pruning, density: of published runs (2501.12486).
+CARDS = [(11200, 2500, 8100, 0.8), (13050, 2500, 8875, 0.6), (16375, 2500, 10100, 0.4)]
+
+
+@pytest.mark.published
+@pytest.mark.parametrize(("steps", "begin", "end", "density"), CARDS)
+def test_a_window_of_compute_is_that_of_published_runs(steps, begin, end, density):
+    found = window(steps, density, every=25)
+    # they round steps to their reports
+    assert found.begin == pytest.approx(begin, rel=0.01)
+    assert found.end == pytest.approx(end, rel=0.01)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0.25, 0.75), (0.0, 0.5), (0.5, 1.0)])
+def test_a_window_has_the_fractions_of_the_sum_of_density(first, last):
+    found = window(100_000, 0.3, first=first, last=last, every=10)
+    ramp = Ramp(1.0, 0.3, *found, every=10)
+    spent = np.cumsum(np.asarray(SCHEDULES["geometric"](jnp.arange(100_000), ramp)))
+    at = spent[[max(found.begin, 0), found.end - 1]] / spent[-1]
+    np.testing.assert_allclose(at, (first, last), atol=2e-3)
+
+
+def test_a_window_without_a_pruning_is_refused():
+    with pytest.raises(ValueError, match="prune more often"):
+        window(100, 0.5, every=500)

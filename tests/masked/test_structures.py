@@ -1,6 +1,8 @@
 """Structures: exact counts, ties to the lower index, nothing else moves."""
 
 import doctest
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.masked import STRUCTURES, structures
+from sparsejax.masked import STRUCTURES, structures, tiles
 from sparsejax.masked.structures import best
 
 SHAPE = (8, 12)
 CASES = {
     "unstructured": {},
     "n_of_m": {"m": 4, "axis": 1},
+    "transposable": {"m": 4},
+    "constant_fan_in": {"axis": 0},
     "block": {"tile": (2, 3)},
+    "row": {},
+    "column": {},
+    "heads": {"axis": 1},
+    "butterfly": {"block": 2},
 }
+# The shape is the same for all, but a butterfly's sides are powers of two.
+SHAPES = dict.fromkeys(CASES, SHAPE) | {"butterfly": (8, 16)}
 BUILT = {name: STRUCTURES[name](**CASES[name]) for name in CASES}
 
 
@@ -43,9 +53,10 @@ def test_every_structure_has_a_case():
 @given(seed=st.integers(0, 99), share=st.floats(0, 1))
 def test_counts_are_exact_even_with_ties(name, seed, share):
     structure = BUILT[name]
-    quantum = structure.quantum(SHAPE)
-    keep = int(share * (96 // quantum)) * quantum
-    mask = jax.jit(structure)(jnp.asarray(tied(seed)), keep)
+    shape = SHAPES[name]
+    quantum = structure.quantum(shape)
+    keep = int(share * (math.prod(shape) // quantum)) * quantum
+    mask = jax.jit(structure)(jnp.asarray(tied(seed, shape)), keep)
     assert mask.dtype == bool
     assert int(mask.sum()) == keep
 
@@ -60,15 +71,17 @@ def test_best_equals_a_stable_sort(seed, keep):
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_nothing_and_everything_are_budgets(name):
-    scores = jnp.asarray(tied(0))
-    assert not BUILT[name](scores, 0).any()
-    assert BUILT[name](scores, scores.size).all()
+    scores = jnp.asarray(tied(0, SHAPES[name]))
+    structure = jax.jit(BUILT[name])
+    assert not structure(scores, 0).any()
+    assert structure(scores, scores.size).all()
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+# What is spread over the whole layer whatever its scores has a test of its own.
+@pytest.mark.parametrize("name", sorted(set(CASES) - {"butterfly", "transposable"}))
 def test_ties_go_to_the_lower_index(name):
-    structure, scores = BUILT[name], jnp.zeros(SHAPE)
-    quantum = structure.quantum(SHAPE)
+    structure, scores = jax.jit(BUILT[name]), jnp.zeros(SHAPES[name])
+    quantum = BUILT[name].quantum(scores.shape)
     mask = np.asarray(structure(scores, quantum))
     assert mask[0, 0]
     assert not mask[-1, -1]
@@ -98,11 +111,93 @@ def test_block_tiles_the_last_axes():
     assert int(mask.sum()) == 3
 
 
+def slow_transposable(tile, n):
+    """Try all masks of a 4 by 4 tile, rows of n first."""
+    rows = [r for r in itertools.product((1, 0), repeat=4) if sum(r) == n]
+    legal = [
+        np.array(x, bool)
+        for x in itertools.product(rows, repeat=4)
+        if (np.sum(x, axis=0) == n).all()
+    ]
+    return max(legal, key=lambda mask: tile[mask].sum())
+
+
+def test_transposable_masks_are_the_best_that_keep_n_along_both_axes():
+    scores = tied(5)
+    mask = np.asarray(BUILT["transposable"](jnp.asarray(scores), 48))
+    for i, j in itertools.product(range(2), range(3)):
+        at = slice(4 * i, 4 * i + 4), slice(4 * j, 4 * j + 4)
+        np.testing.assert_array_equal(mask[at], slow_transposable(scores[at], 2))
+        assert (mask[at].sum(0) == 2).all()
+        assert (mask[at].sum(1) == 2).all()
+
+
+def test_two_of_four_has_ninety_transposable_patterns():
+    assert (tiles._patterns(4).sum((1, 2)) == 8).sum() == 90
+
+
+def test_a_transposable_mask_avoids_what_is_not_eligible():
+    first = BUILT["transposable"](jnp.asarray(tied(6)), 48)
+    scores = jnp.where(first, -jnp.inf, jnp.asarray(tied(7)))
+    second = BUILT["transposable"](scores, 48)
+    np.testing.assert_array_equal(first, ~second)
+
+
+def test_constant_fan_in_keeps_the_best_inputs_of_every_output():
+    scores = tied(8)
+    mask = BUILT["constant_fan_in"](jnp.asarray(scores), 36)
+    np.testing.assert_array_equal(np.asarray(mask).T, slow_best(scores.T, 3))
+    mask = STRUCTURES["constant_fan_in"](axis=1)(jnp.asarray(scores), 24)
+    np.testing.assert_array_equal(mask, slow_best(scores, 3))
+
+
+@pytest.mark.parametrize(("name", "axis"), [("row", 0), ("column", 1), ("heads", 1)])
+def test_slices_are_whole_and_the_best_by_mean(name, axis):
+    scores = tied(9)
+    structure = BUILT[name]
+    mask = structure(jnp.asarray(scores), 3 * structure.quantum(SHAPE))
+    expected = slow_best(scores.mean(1 - axis).reshape(1, -1), 3)[0]
+    whole = np.broadcast_to(np.expand_dims(expected, 1 - axis), SHAPE)
+    np.testing.assert_array_equal(mask, whole)
+
+
+def test_a_head_is_all_that_its_axis_has():
+    scores = jnp.arange(24.0).reshape(2, 3, 4)
+    mask = STRUCTURES["heads"](axis=1)(scores, 8)
+    assert mask[:, 2].all()
+    assert int(mask.sum()) == 8
+
+
+@pytest.mark.parametrize("factors", [0, 1, 2, 3])
+def test_a_butterfly_is_the_union_of_its_factors(factors):
+    union = np.eye(8, dtype=bool)
+    for f in range(factors):
+        pair = np.ones((2, 2), bool)
+        inner, outer = np.eye(2**f, dtype=bool), np.eye(8 // 2 ** (f + 1), dtype=bool)
+        union |= np.kron(outer, np.kron(pair, inner))
+    mask = STRUCTURES["butterfly"](block=2)(jnp.zeros((16, 16)), 32 * (factors + 1))
+    np.testing.assert_array_equal(mask, np.kron(union, np.ones((2, 2), bool)))
+
+
+def test_an_oblong_butterfly_is_stretched():
+    square = STRUCTURES["butterfly"](block=2)(jnp.zeros((8, 8)), 32)
+    wide = BUILT["butterfly"](jnp.zeros((8, 16)), 64)
+    np.testing.assert_array_equal(wide, np.repeat(square, 2, axis=1))
+
+
+def test_blocks_may_be_ranked_by_their_norm():
+    scores = np.abs(tied(10)) + np.eye(8, 12, dtype=np.float32)
+    mask = STRUCTURES["block"](tile=(2, 3), power=2)(jnp.asarray(scores), 6 * 5)
+    norms = (scores.reshape(4, 2, 4, 3) ** 2).sum((1, 3)).reshape(1, -1)
+    live = np.asarray(mask).reshape(4, 2, 4, 3).any((1, 3)).reshape(1, -1)
+    np.testing.assert_array_equal(live, slow_best(norms, 5))
+
+
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_infinite_and_missing_scores_keep_the_count(name):
-    scores = jnp.asarray(tied(3)).at[0].set(jnp.nan).at[1].set(jnp.inf)
-    keep = 2 * BUILT[name].quantum(SHAPE)
-    assert int(BUILT[name](scores, keep).sum()) == keep
+    scores = jnp.asarray(tied(3, SHAPES[name])).at[0].set(jnp.nan).at[1].set(jnp.inf)
+    keep = 2 * BUILT[name].quantum(scores.shape)
+    assert int(jax.jit(BUILT[name])(scores, keep).sum()) == keep
 
 
 def test_missing_scores_are_the_worst():
@@ -119,12 +214,12 @@ def test_one_row_is_a_layer():
     assert BUILT["unstructured"](jnp.ones((1, 5)), 2).tolist() == [[1, 1, 0, 0, 0]]
 
 
-def test_structures_map_over_layers():
-    scores = jnp.asarray(tied(4, (3, 8, 12)))
-    for structure in BUILT.values():
-        keep = 2 * structure.quantum(SHAPE)
-        each = jax.vmap(lambda x: structure(x, keep))(scores)  # noqa: B023
-        np.testing.assert_array_equal(each.sum((1, 2)), keep)
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_structures_map_over_layers(name):
+    scores = jnp.asarray(tied(4, (3, *SHAPES[name])))
+    keeps = BUILT[name].quantum(SHAPES[name]) * jnp.arange(3)
+    each = jax.jit(jax.vmap(BUILT[name]))(scores, keeps)
+    np.testing.assert_array_equal(each.sum((1, 2)), keeps)
 
 
 @pytest.mark.parametrize(
@@ -136,14 +231,26 @@ def test_structures_map_over_layers():
         ("block", {"tile": (3, 3)}),
         ("block", {"tile": (1, 2, 2)}),
         ("block", {"tile": ()}),
+        ("transposable", {"m": 3}),
+        ("transposable", {"m": 8}),
+        ("transposable", {"axes": (0, 0)}),
+        ("transposable", {"axes": (0,)}),
+        ("constant_fan_in", {"axis": 2}),
+        ("heads", {"axis": -3}),
+        ("butterfly", {"block": 3}),
+        ("butterfly", {"block": 0}),
+        ("butterfly", {"block": 4}),
     ],
 )
 def test_a_structure_that_does_not_fit_says_so(name, arguments):
-    with pytest.raises(ValueError, match=r"got shape|must divide the last axes"):
+    with pytest.raises(
+        ValueError, match=r"got shape|must divide the last axes|no axis"
+    ):
         STRUCTURES[name](**arguments).quantum(SHAPE)
 
 
-def test_examples_in_the_docstrings_hold():
-    result = doctest.testmod(structures, extraglobs={"jnp": jnp})
-    assert result.attempted == 3
+@pytest.mark.parametrize(("module", "examples"), [(structures, 5), (tiles, 2)])
+def test_examples_in_the_docstrings_hold(module, examples):
+    result = doctest.testmod(module, extraglobs={"jnp": jnp})
+    assert result.attempted == examples
     assert not result.failed

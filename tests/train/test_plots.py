@@ -178,6 +178,6 @@ def test_many_layers_and_patterns_are_thinned_evenly(tmp_path):
     patterns = {f"layer {i}": np.ones((2, 2), int) for i in range(30)}
     names = [path.name for path in plots.write_plots(tmp_path, patterns)]
     assert names == ["expert_load.png", "attention.png"]
-    chosen = plots._evenly(40)
+    chosen = plots.evenly(40)
     assert len(chosen) == plots.MANY
     assert (chosen[0], chosen[-1]) == (0, 39)
