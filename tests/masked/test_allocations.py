@@ -102,8 +102,9 @@ def test_splitting_loses_nothing_and_follows_strength(seed, fill):
 
 
 def test_splitting_among_layers_without_strength_is_even():
-    given = split(jnp.int32(10), jnp.zeros(3), jnp.int32([2, 100, 100]))
-    assert given.tolist() == [2, 4, 4]
+    room = jnp.int32([2, 100, 100, 1, 100])
+    given = jitted(jnp.int32(15), jnp.zeros(5), room)
+    assert given.tolist() == [2, 4, 4, 1, 4]
 
 
 jitted = jax.jit(split)
