@@ -33,7 +33,7 @@ def test_a_picture_is_the_density_of_each_cell():
 def test_panels_name_parameters_and_layers():
     figure = mask_plots.masks_figure(mask_plots.drawn(masks()))
     titles = [axes.get_title().partition("\n")[0] for axes in figure.axes]
-    assert titles == ["query 0", "query 1", "out", ""]
+    assert titles == ["out", "query 0", "query 1", ""]
     assert mask_plots.masks_figure({}) is None
 
 
