@@ -130,8 +130,8 @@ def config_notes(source: Source) -> Iterator[str]:
     note = ast.get_docstring(source.tree) or ""
     if f"--config={source.path}" not in note:
         yield f"its docstring lacks the command: python train.py --config={source.path}"
-    if "get_config" not in {f.name for f in functions(source)}:
-        yield "no get_config()"
+    if not {"get_config", "get_sweep"} & {f.name for f in functions(source)}:
+        yield "no get_config() and no get_sweep()"
 
 
 def version_questions(source: Source) -> Iterator[str]:

@@ -106,7 +106,7 @@ class Attention(nnx.Module):
         config = self.config
         if config.qk_norm:
             q, k, over = (c,), (c,), ("c", "c")
-            if config.qk_norm_over == "heads":
+            if config.qk_norm_over != "head":
                 q, k, over = (heads, c), (kv_heads, c), ("h c", "g c")
             self.query_norm = nnx.Param(jnp.ones(q), axes=over[0])
             self.key_norm = nnx.Param(jnp.ones(k), axes=over[1])

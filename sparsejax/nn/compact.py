@@ -90,7 +90,7 @@ def _live(found: Mapping[str, Any], parent: str, activation: str) -> Array:
 def _heads(config: ModelConfig, found: Mapping[str, Any]) -> tuple[ModelConfig, Cuts]:
     """Cut key-value heads, and the query heads of each of those that stay."""
     attention = config.attention
-    if attention.selector is not None or attention.qk_norm_over == "heads":
+    if attention.selector is not None or attention.qk_norm_over != "head":
         return config, {}
     width, each = config.width // config.heads, config.heads // config.kv_heads
     parents = _parents(found, "/attention/", "out")
