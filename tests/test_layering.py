@@ -32,9 +32,10 @@ RANKS = {
     "interop": 4,  # writes runs
     **dict.fromkeys(("papers", "sample"), 5),
     **dict.fromkeys(("bench", "convert", "evaluate"), 6),  # read runs as sampling does
+    "sweep": 7,
 }
 KERNEL_IMPORTS = {"jax", "jaxtyping", "numpy", "pallas_kernels"}
-ABOVE = {"configs", "notebooks", "tests", "train"}
+ABOVE = {"configs", "notebooks", "sweep", "tests", "train"}
 
 
 def imports(source: Source, nodes: Iterator[ast.AST] | None = None) -> Iterator[str]:

@@ -129,7 +129,7 @@ def config_notes(source: Source) -> Iterator[str]:
         return
     note = ast.get_docstring(source.tree) or ""
     if f"--config={source.path}" not in note:
-        yield f"its docstring lacks the command: python train.py --config={source.path}"
+        yield f"its docstring lacks the command, with --config={source.path}"
     if not {"get_config", "get_sweep"} & {f.name for f in functions(source)}:
         yield "no get_config() and no get_sweep()"
 
@@ -185,7 +185,7 @@ RULES = {
     foreign_letters: ("sparsejax/a.py", "x: Float[Array, 'b z d']"),
     terse_tests: ("tests/test_a.py", "def test_bag(): assert f()"),
 }
-CODE = (*PACKAGES, "configs", "tests", "train.py")
+CODE = (*PACKAGES, "configs", "tests", "train.py", "sweep.py")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

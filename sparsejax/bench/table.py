@@ -24,9 +24,9 @@ def provenance() -> dict[str, str]:
     device = jax.devices()[0]
     machine = device.device_kind
     if device.platform == "cpu":
-        machine = f"{_processor()}, {os.cpu_count()} cores"
+        machine = f"{processor()}, {os.cpu_count()} cores"
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine,
         "python": platform.python_version(),
@@ -34,7 +34,7 @@ def provenance() -> dict[str, str]:
     }
 
 
-def _commit() -> str:
+def commit() -> str:
     """Give the commit, marked if the code differs from it; results are no code."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -49,7 +49,7 @@ def _commit() -> str:
     return f"{name}-dirty" if changed else name
 
 
-def _processor() -> str:
+def processor() -> str:
     """Give the processor's own name where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

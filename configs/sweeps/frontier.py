@@ -1,0 +1,98 @@
+"""Loss against size, data and kind of sparsity: dense, routed, masked, memory.
+
+    python sweep.py --config=configs/sweeps/frontier.py --workers=2
+
+Seven kinds, four sizes, three budgets of tokens, one seed: 84 runs, a night on
+two CPU cores. ``frontier_small`` is the part of it that takes a quarter of an hour.
+"""
+
+from configs import dense
+from sparsejax.sweep import Sweep, product, token_budgets, variants
+
+# Width, hidden width, and the learning rate that goes with the width.
+SIZES = {
+    "xs": {"model.width": 64, "model.heads": 2, "model.kv_heads": 1},
+    "s": {"model.width": 96, "model.heads": 4, "model.kv_heads": 2},
+    "m": {"model.width": 128, "model.heads": 4, "model.kv_heads": 2},
+    "l": {"model.width": 192, "model.heads": 6, "model.kv_heads": 2},
+}
+MEMORY = {
+    "kind": "product_key",
+    "sub_keys": 64,
+    "heads": 4,
+    "per_head": 16,
+    "key_width": 64,
+}
+
+
+def experts(count):
+    """Two experts of half the dense width are active."""
+    return {"model.ffn": {"kind": "moe", "experts": count, "per_token": 2, "hidden": 1}}
+
+
+def mask(density):
+    """Dense at first; the rule below says when it is pruned."""
+    return {"masked": {"density": density, "schedule": "cubic"}}
+
+
+KINDS = {
+    "dense": {},
+    "8 experts": experts(8),
+    "32 experts": experts(32),
+    "50 % masked": mask(0.5),
+    "75 % masked": mask(0.25),
+    "90 % masked": mask(0.1),
+    "memory": {"model.memory": MEMORY, "model.memory_layers": (2,)},
+}
+
+
+def hidden(values):
+    """Three times the width, over all the experts that a token visits."""
+    parts = values["model"]["ffn"].get("per_token", 1)
+    return {"model.ffn.hidden": 3 * values["model"]["width"] // parts}
+
+
+def rate(values):
+    """The dense config's at its width; larger models learn with smaller steps."""
+    return {"optim.learning_rate": 4e-3 * (128 / values["model"]["width"]) ** 0.5}
+
+
+def pruning(values):
+    """Prune from a quarter to three quarters of the steps, every fortieth of them."""
+    if not values["masked"]:
+        return {}
+    steps = values["train"]["steps"]
+    every = max(1, steps // 40)
+    begin = steps // 4
+    times = (3 * steps // 4 - begin) // every
+    return {
+        "masked.begin": begin,
+        "masked.end": begin + times * every,
+        "masked.every": every,
+    }
+
+
+def pace(values):
+    """Evaluate five times, log forty times, save at the end."""
+    steps = values["train"]["steps"]
+    return {
+        "train.eval_every": max(1, steps // 5),
+        "train.log_every": max(1, steps // 40),
+        "train.save_every": steps,
+        "optim.warmup": max(1, steps // 10),
+    }
+
+
+RULES = (hidden, rate, pruning, pace)
+
+
+def get_sweep() -> Sweep:
+    """Every kind at every size with every budget."""
+    axes = product(
+        variants("kind", KINDS),
+        variants("size", SIZES),
+        token_budgets([1e6, 2e6, 4e6]),
+    )
+    base = dense.get_config()
+    base.data.seq_len = 128
+    return Sweep(base=base, axes=axes, seeds=(0,), rules=RULES)
