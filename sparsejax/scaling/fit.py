@@ -4,8 +4,9 @@
 law reads, and ``loss``. Everything runs in float64, on the CPU.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def fit(
     fixed = dict(fixed or {})
     columns, seen = _columns(law, table, fixed, held_out)
     free = {k: v for k, v in law.starts.items() if k not in fixed}
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+    with _float64(), np.errstate(all="ignore"):  # a search may leave the map
         problem = _Problem(law, columns, fixed, delta)
         random = np.random.default_rng(seed)
         rows, weights = int(seen.sum()), seen / seen.sum()
@@ -96,6 +97,12 @@ def fit(
         residuals=residuals,
         intervals=_intervals(again, tuple(free)),
     )
+
+
+@contextlib.contextmanager
+def _float64() -> Iterator[None]:
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def _rms(x: np.ndarray) -> float:

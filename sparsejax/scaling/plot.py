@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from sparsejax.scaling.fit import Fit
 from sparsejax.scaling.frontier import Valley
@@ -24,6 +24,18 @@ def _groups(table: Mapping[str, Any], by: str | None) -> dict[Any, np.ndarray]:
     return {value: column == value for value in dict.fromkeys(column.tolist())}
 
 
+def _counts(axes: Axes) -> None:
+    """Lay x out by its logarithm, with ticks at 1, 2 and 5."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name(value: Any) -> str:
+    return f"{value:,.0f}" if isinstance(value, float) else str(value)
+
+
 def residual_plot(
     axes: Axes, fit: Fit, table: Mapping[str, Any], *, by: str | None = None
 ) -> Axes:
@@ -36,7 +48,9 @@ def residual_plot(
         MARKERS * 99, _groups(table, by).items(), strict=False
     ):
         off = 100 * np.expm1(fit.residuals[rows])
-        axes.plot(expected[rows], off, marker, markersize=4, alpha=0.8, label=str(name))
+        axes.plot(
+            expected[rows], off, marker, markersize=4, alpha=0.8, label=_name(name)
+        )
     axes.axhspan(-100 * fit.error, 100 * fit.error, color="#E4E4E4", zorder=0)
     axes.axhline(0, color="#333333", linewidth=0.8)
     axes.set_xlabel("expected loss (nats per token)")
@@ -58,12 +72,11 @@ def fit_curves(
     ):
         at = {k: np.asarray(table[k], float)[rows] for k in fit.law.variables}
         losses = np.asarray(table["loss"], float)[rows]
-        points = axes.plot(at[x], losses, marker, markersize=4, label=str(name))
+        points = axes.plot(at[x], losses, marker, markersize=4, label=_name(name))
         line = np.geomspace(at[x].min(), at[x].max(), CURVE)
         curve = {k: np.full(CURVE, column[0]) for k, column in at.items()} | {x: line}
         axes.plot(line, fit.predict(curve), color=points[0].get_color(), linewidth=1)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    _counts(axes)
     axes.set_xlabel(x)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(title=by)
@@ -86,8 +99,7 @@ def valley_plot(
         color = points[0].get_color()
         axes.plot(line, curve, color=color, linewidth=1, label=label)
         axes.plot([valley.parameters], [valley.loss], "k*", markersize=7)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    _counts(axes)
     axes.set_xlabel("parameters")
     axes.set_ylabel("loss (nats per token)")
     axes.legend()
