@@ -19,10 +19,9 @@ the rows that are specific to its batch.
 
 import argparse
 import dataclasses
-import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -33,7 +32,6 @@ from flax import nnx
 from sparsejax.config import (
     ConfigError,
     convert,
-    fingerprint,
     near,
     override,
     to_dict,
@@ -44,15 +42,13 @@ from sparsejax.moe import TABLES, MoEConfig
 from sparsejax.nn.config import GatedConfig
 from sparsejax.nn.transformer import Transformer
 from sparsejax.nn.upcycle import upcycled
-from sparsejax.sample import load
-from sparsejax.sharding import MeshConfig, make_mesh
-from sparsejax.train.checkpoint import CheckpointError, Checkpoints
-from sparsejax.train.config import FREE, Config
+from sparsejax.train.checkpoint import CheckpointError
+from sparsejax.train.config import Config
 from sparsejax.train.loop import Trainer
 from sparsejax.train.optim import OptimConfig
 from sparsejax.train.step import State
 from sparsejax.train.tables import Tables, TableState
-from sparsejax.train.workdir import open_workdir
+from sparsejax.train.trained import config_of, load, write_start
 from sparsejax.typing import Array
 
 __all__ = ["finetune", "main", "upcycle"]
@@ -99,23 +95,8 @@ def upcycle(
     key = jax.random.key(config.seed)
     sparse = upcycled(model, config.model, key=key, drop=drop)
     params = nnx.state(sparse, nnx.Param)
-    _write(config, lambda trainer: trainer.init()._replace(params=params), out)
+    write_start(out, config, lambda x: x.init()._replace(params=params))
     return config
-
-
-def _write(config: Config, begin: Callable[[Trainer], State], out: Path) -> None:
-    """Save a state as step 0 of a new run, its data at the start."""
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    values = to_dict(config)
-    home = open_workdir(out, values, fingerprint(config), free=FREE)
-    with home, jax.set_mesh(mesh):
-        trainer = Trainer(config, mesh)
-        state = begin(trainer)
-        checkpoints = Checkpoints(home.path / "checkpoints", keep=1)
-        position = trainer.data.train.state()
-        checkpoints.save(0, state, data=position, config=values, blocking=True)
-        checkpoints.close()
-        trainer.data.train.close()
 
 
 def finetune(
@@ -155,7 +136,7 @@ def finetune(
             return state
         return _with_rarity(state, _seen(before, trainer, state, batches), batches)
 
-    _write(config, begin, out)
+    write_start(out, config, begin)
     return config
 
 
@@ -223,11 +204,6 @@ def _counts(workdir: Path, ids: int, batches: int) -> np.ndarray:
         counts += np.bincount(tokens, minlength=ids)
     data.close()
     return counts
-
-
-def config_of(workdir: Path) -> Config:
-    """Read the config of a run."""
-    return convert(Config, json.loads((workdir / "config.json").read_text())["config"])
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -125,6 +125,8 @@ def test_finetuning_refuses_another_model_and_what_is_no_override(dense_run, tmp
     flags = [f"--workdir={workdir}", f"--out={tmp_path / 'new'}"]
     for flag in ("--config.model.depth=3", "--config.seed", "--seed=3"):
         assert convert.main(["finetune", *flags, flag]) == 2
+    nobody = [f"--workdir={tmp_path / 'nobody'}", flags[1]]
+    assert convert.main(["finetune", *nobody]) == 2
     assert not (tmp_path / "new").exists()
     with pytest.raises(SystemExit):
         convert.main(["upcycle", *flags, "--experts=4", "--per_token=2", "--seed=3"])

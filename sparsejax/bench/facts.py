@@ -33,9 +33,9 @@ from sparsejax.bench.runs import fingerprint_of, trained
 from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
 from sparsejax.data.corpora import CORPORA, group_hash, held_out
 from sparsejax.nn.transformer import Transformer
-from sparsejax.sample import load
 from sparsejax.train.metrics import read_metrics
 from sparsejax.train.plots import style
+from sparsejax.train.trained import load
 from sparsejax.typing import Array, Bool, Int
 
 CORPUS = "countries"

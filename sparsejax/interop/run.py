@@ -7,18 +7,17 @@ from typing import Any
 import jax
 from flax import nnx
 
-from sparsejax.config import ConfigError, convert, fingerprint, read, to_dict
+from sparsejax.config import ConfigError, convert, read, to_dict
 from sparsejax.data.tokenizer_file import JSON
 from sparsejax.interop.export import appears
 from sparsejax.interop.fields import differences
 from sparsejax.interop.load import Source, load_model
 from sparsejax.interop.pretrained import tokenizer_of
 from sparsejax.nn.transformer import Transformer
-from sparsejax.train.checkpoint import Checkpoints
-from sparsejax.train.config import FREE, Config
+from sparsejax.train.config import Config
 from sparsejax.train.loop import Trainer
-from sparsejax.train.trained import alone
-from sparsejax.train.workdir import open_workdir
+from sparsejax.train.step import State
+from sparsejax.train.trained import alone, write_start
 
 __all__ = ["begin"]
 
@@ -94,19 +93,13 @@ def _check(
 
 
 def _write(config: Config, model: Transformer, draft: Path) -> None:
-    """Save the model as step 0, its optimiser and data at the start."""
-    values, mesh = to_dict(config), alone()
+    """Save the model as step 0; its tokenizer is still in the draft."""
+    _, params, variables = nnx.split(model, nnx.Param, ...)
+
+    def start(trainer: Trainer) -> State:
+        cut = {"out_shardings": trainer.shardings}
+        return jax.jit(trainer.step.begin, **cut)(params, variables)
+
     data = dataclasses.replace(config.data, tokenizer_file=str(draft / JSON))
-    home = open_workdir(draft, values, fingerprint(config), free=FREE)
-    with home, jax.set_mesh(mesh):
-        trainer = Trainer(dataclasses.replace(config, data=data), mesh)
-        position = trainer.data.train.state()
-        trainer.data.train.close()
-        _, params, variables = nnx.split(model, nnx.Param, ...)
-        state = jax.jit(trainer.step.begin, out_shardings=trainer.shardings)(
-            params, variables
-        )
-        checkpoints = Checkpoints(draft / "checkpoints", keep=1)
-        checkpoints.save(0, state, data=position, config=values, blocking=True)
-        checkpoints.close()
+    write_start(draft, config, start, data=data)
     (draft / ".lock").unlink(missing_ok=True)

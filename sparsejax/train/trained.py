@@ -1,24 +1,68 @@
-"""Models of trained runs, from their workdirs."""
+"""Models of trained runs, from their workdirs, and runs that begin with a model."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from sparsejax.config import ConfigError, convert
+from sparsejax.config import ConfigError, convert, fingerprint, to_dict
+from sparsejax.data import DataConfig
 from sparsejax.nn.transformer import Transformer
 from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.checkpoint import Checkpoints
-from sparsejax.train.config import Config
+from sparsejax.train.config import FREE, Config
 from sparsejax.train.loop import Trainer
+from sparsejax.train.step import State
+from sparsejax.train.workdir import open_workdir
 
-__all__ = ["alone", "load"]
+__all__ = ["alone", "config_of", "load", "write_start"]
 
 
 def alone() -> jax.sharding.Mesh:
     """Make a mesh of one device, whatever the run was trained on."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def config_of(workdir: Path) -> Config:
+    """Read the config of a run.
+
+    Raises:
+        ConfigError: if the workdir holds no run.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise ConfigError(f"--workdir={workdir}: no run here (config.json is missing)")
+    return convert(Config, json.loads(file.read_text())["config"])
+
+
+def write_start(
+    out: Path,
+    config: Config,
+    begin: Callable[[Trainer], State],
+    *,
+    data: DataConfig | None = None,
+) -> None:
+    """Save a state as step 0 of a new run, its data at the start.
+
+    Args:
+        out: the run's workdir.
+        config: of the run.
+        begin: gives the state, under a mesh of one device.
+        data: what is read now, if not yet what the run will read.
+    """
+    values, mesh = to_dict(config), alone()
+    home = open_workdir(out, values, fingerprint(config), free=FREE)
+    with home, jax.set_mesh(mesh):
+        trainer = Trainer(dataclasses.replace(config, data=data or config.data), mesh)
+        position = trainer.data.train.state()
+        trainer.data.train.close()
+        state = begin(trainer)
+        checkpoints = Checkpoints(home.path / "checkpoints", keep=1)
+        checkpoints.save(0, state, data=position, config=values, blocking=True)
+        checkpoints.close()
 
 
 def load(workdir: Path) -> tuple[Transformer, Any]:
@@ -27,11 +71,7 @@ def load(workdir: Path) -> tuple[Transformer, Any]:
     Raises:
         ConfigError: if the workdir holds no run or no checkpoint.
     """
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise ConfigError(f"--workdir={workdir}: no run here (config.json is missing)")
-    config = convert(Config, json.loads(file.read_text())["config"])
-    mesh = alone()
+    config, mesh = config_of(workdir), alone()
     with jax.set_mesh(mesh):
         trainer = Trainer(config, mesh)
         trainer.data.train.close()
