@@ -5,7 +5,7 @@ r"""SmolLM2-135M-Instruct: a pretrained model to train on, sparsify, or measure.
         --config=configs/smollm2.py --out=runs/smollm2
     python train.py --config=configs/smollm2.py --workdir=runs/smollm2
 
-A step takes half a minute on two CPU cores; take a GPU. Compare it with what
+Training is slow on a CPU; take a GPU. Compare what comes out with what
 ``python -m sparsejax.evaluate --workdir=runs/smollm2`` says before.
 """
 
