@@ -163,14 +163,20 @@ class ProductKeyMemory(nnx.Module):
         self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
     ) -> Output:
         """Read the memory once for every token; only ``valid`` ones are counted."""
-        config, rows = self.config, x.reshape(-1, x.shape[-1])
-        hits = self.lookup(rows, k=config.per_head, norm=config.query_norm)
-        weights = jax.nn.softmax(hits.scores)
-        read = embedding_bag(self.values[...], *merge_heads(hits.ids, weights))
+        rows = x.reshape(-1, x.shape[-1])
+        ids, weights = self.choose(rows)
+        read = embedding_bag(self.values[...], *merge_heads(ids, weights))
         value = self.write(rows, read).reshape(x.shape)
-        return Output(
-            value, {}, usage(hits.ids, weights, slots=config.slots, valid=valid)
-        )
+        slots = self.config.slots
+        return Output(value, {}, usage(ids, weights, slots=slots, valid=valid))
+
+    def choose(
+        self, rows: Float[Array, "n d"]
+    ) -> tuple[Int[Array, "n h k"], Float[Array, "n h k"]]:
+        """Give the slots that each head reads, and their weights."""
+        config = self.config
+        hits = self.lookup(rows, k=config.per_head, norm=config.query_norm)
+        return hits.ids, jax.nn.softmax(hits.scores)
 
 
 class ValuePool(nnx.Module):

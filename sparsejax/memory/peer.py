@@ -66,15 +66,22 @@ class PEER(nnx.Module):
         self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
     ) -> Output:
         """Run the experts of every token."""
-        config, rows = self.config, x.reshape(-1, x.shape[-1])
-        hits = self.lookup(rows, k=config.per_head, norm=config.query_norm)
-        weights = SCORES[config.scores](hits.scores)
+        rows, act = x.reshape(-1, x.shape[-1]), self.config.activation
+        ids, weights = self.choose(rows)
         value = single_neurons(
             rows,
             self.down[...],
             self.up[...],
-            *merge_heads(hits.ids, weights),
-            activation=config.activation,
+            *merge_heads(ids, weights),
+            activation=act,
         )
-        metrics = usage(hits.ids, weights, slots=config.slots, valid=valid)
+        metrics = usage(ids, weights, slots=self.config.slots, valid=valid)
         return Output(value.reshape(x.shape), {}, metrics)
+
+    def choose(
+        self, rows: Float[Array, "n d"]
+    ) -> tuple[Int[Array, "n h k"], Float[Array, "n h k"]]:
+        """Give the experts that each head runs, and their weights."""
+        config = self.config
+        hits = self.lookup(rows, k=config.per_head, norm=config.query_norm)
+        return hits.ids, SCORES[config.scores](hits.scores)

@@ -75,11 +75,13 @@ class GatedFeedForward(nnx.Module):
     ) -> Output:
         """Transform each token by itself."""
         del valid  # a dense layer treats padding like any other token
-        gate, up, down = (
-            w[...].astype(x.dtype) for w in (self.gate, self.up, self.down)
-        )
-        hidden = ACTIVATIONS[self.config.activation](x @ gate) * (x @ up)
-        return Output(constrain(hidden, "b t f") @ down, {}, {})
+        down = self.down[...].astype(x.dtype)
+        return Output(constrain(self.hidden(x), "b t f") @ down, {}, {})
+
+    def hidden(self, x: Float[Array, "b t d"]) -> Float[Array, "b t f"]:
+        """Give what the rows of ``down`` are multiplied by."""
+        gate, up = (w[...].astype(x.dtype) for w in (self.gate, self.up))
+        return ACTIVATIONS[self.config.activation](x @ gate) * (x @ up)
 
 
 FEED_FORWARDS = {"gated": GatedFeedForward, "moe": MoE, **MEMORIES}

@@ -87,7 +87,7 @@ class Transformer(nnx.Module):
         context["previous"] = before(tokens, positions, previous)
         context["pool"] = self.pool.values[...] if hasattr(self, "pool") else None
         context["reader"] = 0
-        x = self._embed(tokens)
+        x = self.embed(tokens)
         asides, filled = [], []
         for index, stack in enumerate(self.stacks):
             context["key"] = None if key is None else jax.random.fold_in(key, index)
@@ -122,7 +122,8 @@ class Transformer(nnx.Module):
 
         return [[stacked(x, run.repeats) for x in run.period] for run in runs(config)]
 
-    def _embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+    def embed(self, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """Give what the first layer reads."""
         table = constrain(self.embedding[...], "v d")
         scale = self.config.embedding_scale
         x = table[tokens]
