@@ -2,7 +2,8 @@
 
 A plan is one member of each of six tables. ``sparse(tx, plan)`` turns any optax
 transformation into one that keeps masks, ``effective`` gives the weights to compute
-with. Masks save parameters, not time: a masked matrix product is executed densely.
+with. Masks save parameters, not time: a masked matrix product is executed densely,
+unless the plan has masks of blocks and computes with those (``products="blocks"``).
 """
 
 from sparsejax.masked.allocations import (
@@ -16,6 +17,7 @@ from sparsejax.masked.allocations import (
     uniform,
 )
 from sparsejax.masked.block_sparse import BlockSparse, block_sparse_matmul
+from sparsejax.masked.blocked import Blocked
 from sparsejax.masked.candidates import gumbel, learned
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.criteria import (
@@ -165,6 +167,17 @@ NEEDS = {
     by_momentum: "momentum",
     sparse_momentum: "momentum",
 }
+# What executes products with masked weights, and which members each is for; an empty
+# one is for all.
+PRODUCTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "dense": {},
+    "blocks": {
+        "structure": ("block", "butterfly"),
+        "estimator": ("masked",),
+        "updater": ("static", "prune", "select", "set", "rigl"),
+        "criterion": tuple(x for x, y in CRITERIA.items() if y is not movement),
+    },
+}
 # What a member works with, where that is not everything.
 PARTNERS = {
     srigl: {"structure": ("constant_fan_in",)},
@@ -183,10 +196,12 @@ __all__ = [
     "ALLOCATIONS",
     "CRITERIA",
     "ESTIMATORS",
+    "PRODUCTS",
     "SCHEDULES",
     "STRUCTURES",
     "UPDATERS",
     "BlockSparse",
+    "Blocked",
     "Cost",
     "Evidence",
     "Layer",

@@ -10,7 +10,7 @@ from jax import lax
 
 from sparsejax.typing import Array, Int
 
-__all__ = ["Lists", "differentiable"]
+__all__ = ["Lists", "alike", "differentiable"]
 
 
 class Lists(NamedTuple):
@@ -59,10 +59,10 @@ def differentiable(by_weights: ByWeights, by_rows: ByRows) -> Callable[..., Arra
         return dx, by_rows(x, dy, rows, columns, grid), None, None
 
     product.defvjp(forward, backward)
-    return lambda *given: product(*_alike(*given[:4]), given[4])
+    return lambda *given: product(*alike(*given[:4]), given[4])
 
 
-def _alike(*arrays: Array) -> tuple[Array, ...]:
+def alike(*arrays: Array) -> tuple[Array, ...]:
     """Mark all arrays as varying over every mesh axis that one of them varies over."""
     varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     union = frozenset().union(*varying)

@@ -43,6 +43,7 @@ class MaskedConfig:
     moved: float = 0.3  # share of the live weights that growing updaters move, at first
     estimator: str = "masked"  # what gradient reaches the stored weights
     estimator_arguments: dict[str, float] = field(default_factory=dict)
+    products: str = "dense"  # what masked weights multiply by: all, or live blocks
     include: tuple[str, ...] = ()  # regexes of paths; none: every weight matrix
     exclude: tuple[str, ...] = ()  # regexes of paths that stay dense
     dense_from: int | None = None  # step from which all is live again, if ever
@@ -68,6 +69,7 @@ class MaskedConfig:
         choose("schedule", self.schedule, masked.SCHEDULES)
         choose("updater", self.updater, masked.UPDATERS)
         choose("estimator", self.estimator, masked.ESTIMATORS)
+        choose("products", self.products, masked.PRODUCTS)
 
     def _check_arguments(self) -> None:
         for name, table in (
@@ -142,6 +144,7 @@ class MaskedConfig:
             f"{self.estimator!r} does not; choose estimator='masked'",
         )
         self._check_partners()
+        self._check_products()
         self._check_allocation()
 
     def _check_partners(self) -> None:
@@ -160,6 +163,18 @@ class MaskedConfig:
                     f"works only with {other} {' or '.join(map(repr, names))}, not"
                     f" {getattr(self, other)!r}; choose one of them",
                 )
+
+    def _check_products(self) -> None:
+        """Some members have no blocks, or need the gradient of dead ones always."""
+        for kind, names in masked.PRODUCTS[self.products].items():
+            value = getattr(self, kind)
+            require(
+                value in names,
+                "products",
+                self.products,
+                f"works only with {kind} {' or '.join(map(repr, names))}, not"
+                f" {value!r}; choose one of them, or products='dense'",
+            )
 
     def _check_allocation(self) -> None:
         allocation = masked.ALLOCATIONS[self.allocation]

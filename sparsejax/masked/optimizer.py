@@ -20,6 +20,7 @@ from flax import nnx
 
 from sparsejax import masked, tree
 from sparsejax.masked import kept as keeping
+from sparsejax.masked.blocked import multiplying
 from sparsejax.masked.budgets import budgets
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.criteria import Evidence
@@ -139,13 +140,14 @@ def effective(
     arguments = plan.estimator_arguments
     estimate = partial(masked.ESTIMATORS[plan.estimator], **arguments)
 
-    def apply(path: str, x: Array) -> Array:
+    def apply(path: str, x: Array) -> Any:
         if path not in active:
             return x
         state, target = owner[path], active[path]
         mask = state.masks[path][...]
         if _stores_masked(plan):
-            return straight_through(x, mask)
+            due = is_due(state.step, plan) & training
+            return multiplying(plan, target, straight_through(x, mask), mask, due)
         now = Now(step=state.step, training=training, **keeping.fixed(plan, target))
         varying = keeping.varying(plan, target, state)
 

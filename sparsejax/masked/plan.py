@@ -135,6 +135,7 @@ def targets(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
         )
         _check(found[path], plan)
     _check_ranking(found, plan)
+    _check_products(found, plan, params)
     return found
 
 
@@ -216,6 +217,25 @@ def _check(target: Target, plan: MaskedConfig) -> None:
             f" than the {quantum} that its structure moves at once; raise moved, or"
             " exclude it"
         )
+
+
+def _check_products(
+    found: Mapping[str, Target], plan: MaskedConfig, params: PyTree
+) -> None:
+    """Products with live blocks are of matrices that do nothing but multiply."""
+    if not masked.PRODUCTS[plan.products]:
+        return
+    known = tree.variables(params)
+    for path, target in found.items():
+        multiplies = path not in known or "multiplies" in known[path].get_metadata()
+        structure: Any = target.structure
+        sides = structure.sides
+        if not multiplies or len(target.shape) != 2 or len(sides) != 2:
+            raise ValueError(
+                f"products={plan.products!r} of {path}, a layer of {target.shape} in"
+                f" blocks of {sides}: its layer computes with dense products only, or"
+                " the blocks have other axes; exclude it, include=('ffn',) say"
+            )
 
 
 def _check_ranking(found: Mapping[str, Target], plan: MaskedConfig) -> None:

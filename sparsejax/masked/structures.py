@@ -155,6 +155,11 @@ class Block:
     tile: tuple[int, ...]  # its sides along the last axes
     power: int = 1  # of the scores, their sign kept, before their mean is taken
 
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """Give the sides of what is live or dead as a whole."""
+        return self.tile
+
     def quantum(self, shape: tuple[int, ...]) -> int:
         """Give the number of weights in a tile.
 

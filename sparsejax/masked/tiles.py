@@ -90,6 +90,11 @@ class Butterfly:
 
     block: int  # sides of a block
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Give the sides of what is live or dead as a whole."""
+        return (self.block, self.block)
+
     def quantum(self, shape: tuple[int, ...]) -> int:
         """Give the weights of one block a row of the shorter side, stretched.
 

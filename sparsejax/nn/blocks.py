@@ -65,10 +65,11 @@ class GatedFeedForward(nnx.Module):
         self.config = config
         init = jax.nn.initializers.lecun_normal()
         shape = (width, config.hidden)
-        self.gate = nnx.Param(init(rngs.params(), shape), axes="d f")
-        self.up = nnx.Param(init(rngs.params(), shape), axes="d f")
+        about = {"multiplies": True}  # x @ w is all that is done with them
+        self.gate = nnx.Param(init(rngs.params(), shape), axes="d f", **about)
+        self.up = nnx.Param(init(rngs.params(), shape), axes="d f", **about)
         down = init(rngs.params(), shape[::-1]) * init_scale
-        self.down = nnx.Param(down, axes="f d")
+        self.down = nnx.Param(down, axes="f d", **about)
 
     def __call__(
         self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None

@@ -6,6 +6,7 @@ step, so a resumed run is the same run.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -137,7 +138,11 @@ class Step:
         if self.tables is not None:
             tables = self.tables.settled(params, state.opt.tables)
             params = nnx.merge_state(tables, split(params)[1])
-        return self._merged(self._effective(params, state), state)
+        plan = self.config.masked
+        if plan is not None:
+            plan = replace(plan, products="dense")
+            params = masked.effective(params, state.opt, plan, training=False)
+        return self._merged(params, state)
 
     def _merged(self, params: PyTree, state: State) -> Transformer:
         return nnx.merge(self.graph, params, state.variables, copy=True)
