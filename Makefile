@@ -8,6 +8,7 @@
 #   make bench NAME=...        one benchmark: a table, and a file in results/
 #   make lint                  format, lint, types
 #   make papers                write docs/papers.md again
+#   make docs                  the site, in site/: these documents and the docstrings
 #   make setup                 the environment, and nothing else
 #
 # PYTHON=3.12, PYTHON=python3.12 or PYTHON=/a/path chooses the interpreter; otherwise it
@@ -35,7 +36,7 @@ pytest = $$python -m pytest -q
 apart = -n $(JOBS) --dist loadfile --max-worker-restart=0
 lint = $$bin/ruff format --check .; $$bin/ruff check .; $$bin/pyright --pythonpath $$python
 
-.PHONY: setup train test test-slow test-compat test-aot bench lint papers
+.PHONY: setup train test test-slow test-compat test-aot bench lint papers docs
 
 setup:
 	@$(call in,test)
@@ -64,3 +65,6 @@ lint:
 
 papers:
 	@$(call in,test); $$python -m sparsejax.papers --write
+
+docs:
+	@$(call in,test); JAX_PLATFORMS=cpu $$python -m sphinx -q -E -W --keep-going docs site
