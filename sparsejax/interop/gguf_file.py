@@ -6,6 +6,7 @@ out, queries and keys in the order that a folder of the same model has. A file i
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from sparsejax.interop.files import CheckpointFileError
+from sparsejax.interop.gguf_header import Entry, read_header
 from sparsejax.interop.load import Source
 
 __all__ = ["open_gguf"]
@@ -62,10 +64,9 @@ def open_gguf(path: Path) -> Source:
             f"{path}: reading it takes another package: pip install gguf"
         ) from None
     try:
-        reader = gguf.GGUFReader(path)
-        about = {name: field.contents() for name, field in reader.fields.items()}
-        found = {tensor.name: tensor for tensor in reader.tensors}
-    except (ValueError, KeyError, IndexError, OSError) as error:
+        about, found = read_header(path)
+        rows = {name: _rows(path, entry) for name, entry in found.items()}
+    except (ValueError, KeyError, OSError) as error:
         raise CheckpointFileError(
             f"{path}: not a GGUF file, or cut short: {error}"
         ) from None
@@ -75,18 +76,29 @@ def open_gguf(path: Path) -> Source:
         )
     config = _config(path, about, tied="output.weight" not in found)
     names = {_name(path, name): name for name in found}
-    shapes = {
-        theirs: tuple(int(n) for n in reversed(found[name].shape))
-        for theirs, name in names.items()
-    }
+    shapes = {theirs: found[name].shape for theirs, name in names.items()}
 
     def read(theirs: str) -> np.ndarray:
-        tensor = found[names[theirs]]
-        whole = gguf.dequantize(tensor.data, tensor.tensor_type)
+        name = names[theirs]
+        size, start = math.prod(rows[name]), found[name].start
+        packed = np.fromfile(path, np.uint8, size, offset=start).reshape(rows[name])
+        kind = gguf.GGMLQuantizationType(found[name].kind)
+        whole = gguf.dequantize(packed, kind)
         heads = _paired_heads(theirs, config)
         return np.ascontiguousarray(_halved(whole, heads)) if heads else whole
 
     return Source(path, config, shapes, read, _tokenizer(path, about))
+
+
+def _rows(path: Path, entry: Entry) -> tuple[int, ...]:
+    """Give the shape of a tensor's bytes, which must be there."""
+    import gguf  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
+
+    kind = gguf.GGMLQuantizationType(entry.kind)
+    shape = gguf.quants.quant_shape_to_byte_shape(entry.shape, kind)
+    if entry.start + math.prod(shape) > path.stat().st_size:
+        raise ValueError("ends within its numbers")
+    return shape
 
 
 def _config(path: Path, about: dict[str, Any], *, tied: bool) -> dict[str, Any]:

@@ -6,6 +6,8 @@ the mapped file, in the dtype that is wanted. A checkpoint is a ``Source``: a fo
 as Hugging Face's programs write it, or a GGUF file.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from sparsejax.typing import PyTree
 
 __all__ = ["Need", "Source", "abstract", "family_of", "load_model", "needs"]
 
+ALIGNMENT = 64  # bytes
 NAMED = 12  # names that an error lists of each kind
 
 
@@ -190,22 +193,27 @@ def _filled(
     else:
         sharding = NamedSharding(mesh, parameter_spec(need.axes))
 
-    def piece(index: Any) -> np.ndarray:
-        return block(source.read, need, shape, index, jnp.dtype(dtype))
+    @functools.cache
+    def part(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        return block(source.read, need, bounds, jnp.dtype(dtype))
 
-    return jax.make_array_from_callback(shape, sharding, piece)
+    pieces = []
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        cut = zip(index, shape, strict=True)
+        read = part(tuple(each.indices(size)[:2] for each, size in cut))
+        # On a CPU it stays where it is.
+        pieces.append(jax.device_put(read, device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces)
 
 
 def block(
     read: Callable[[str], np.ndarray],
     need: Need,
-    shape: tuple[int, ...],
-    index: tuple[slice, ...],
+    bounds: tuple[tuple[int, int], ...],
     dtype: np.dtype,
 ) -> np.ndarray:
     """Read a part of one of our parameters; rows past the vocabulary are 0."""
-    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
-    piece = np.zeros([last - first for first, last in bounds], dtype)
+    piece = _zeros([last - first for first, last in bounds], dtype)
     letters = need.axes.split()
     counted = len(next(iter(need.names)))  # leading axes that names count
     for at, name in need.names.items():
@@ -223,3 +231,11 @@ def block(
         where = tuple(one - first for one, (first, _) in zip(at, bounds, strict=False))
         piece[where + tuple(slice(0, n) for n in part.shape)] = part
     return piece
+
+
+def _zeros(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """Zeros that lie where XLA can take them as they are."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.zeros(size + ALIGNMENT, np.uint8)
+    first = -room.ctypes.data % ALIGNMENT
+    return room[first : first + size].view(dtype).reshape(shape)

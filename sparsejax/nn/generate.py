@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sparsejax.nn.decoder import Decoder, Whole
 from sparsejax.nn.transformer import Transformer
+from sparsejax.partition import platform
 from sparsejax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
 
@@ -127,43 +129,26 @@ def stream(
         row[: len(prompt)] = prompt
     block = model.config.attention.block_kv
     capacity = -(-(first + steps) // block) * block
-    caches = model.empty_caches(len(prompts), capacity)
-    logits, caches = _read(model, jnp.asarray(forced[:, :first]), caches)
+    reader = Decoder(model) if platform() == "cpu" else Whole(model)
+    caches = reader.empty_caches(len(prompts), capacity)
     how = {"temperature": temperature, "top_p": top_p}
-    over, previous = np.zeros(len(prompts), bool), forced[:, first - 1]
+    over, fresh, previous = np.zeros(len(prompts), bool), forced[:, :first], None
     for index, key_ in enumerate(jax.random.split(key, steps)):
         place = first + index
-        about = logits, jnp.asarray(previous), jnp.asarray(forced[:, place])
-        logits, caches, token = _step(model, about, caches, key_, **how)
-        previous = np.asarray(token)
+        logits, caches = reader(jnp.asarray(fresh), caches, previous=previous)
+        token = np.asarray(_taken(logits, key_, forced[:, place], **how))
         drawing = ~over & (place >= lengths) & (place < lengths + tokens)
-        yield np.where(drawing, previous, -1)
-        over |= drawing & np.isin(previous, list(ends))
+        yield np.where(drawing, token, -1)
+        over |= drawing & np.isin(token, list(ends))
         if over.all():
             return
+        fresh, previous = token[:, None], jnp.asarray(fresh[:, -1])
 
 
-@functools.partial(jax.jit, donate_argnames="caches")
-def _read(model: Transformer, tokens: Array, caches: PyTree) -> tuple[Array, PyTree]:
-    hidden = model(tokens, caches=caches)
-    return model.logits(hidden.value[:, -1:])[:, 0], hidden.caches
-
-
-@functools.partial(
-    jax.jit, donate_argnames="caches", static_argnames=("temperature", "top_p")
-)
-def _step(
-    model: Transformer,
-    about: tuple[Array, Array, Array],
-    caches: PyTree,
-    key: Array,
-    *,
-    temperature: float,
-    top_p: float,
-) -> tuple[Array, PyTree, Array]:
-    """Draw a token, or take the forced one, and read it."""
-    logits, previous, forced = about
+@functools.partial(jax.jit, static_argnames=("temperature", "top_p"))
+def _taken(
+    logits: Array, key: Array, forced: Array, *, temperature: float, top_p: float
+) -> Array:
+    """Draw a token, or take the forced one."""
     drawn = draw(logits, key, temperature=temperature, top_p=top_p)
-    token = jnp.where(forced >= 0, forced, drawn)
-    hidden = model(token[:, None], previous=previous, caches=caches)
-    return model.logits(hidden.value)[:, 0], hidden.caches, token
+    return jnp.where(forced >= 0, forced, drawn)

@@ -8,6 +8,7 @@ from flax import nnx
 
 from sparsejax.attention import AttentionConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
+from sparsejax.nn.decoder import Decoder, Whole
 from sparsejax.nn.generate import draw, generate, nucleus, stream
 from sparsejax.nn.transformer import Transformer
 
@@ -114,3 +115,33 @@ def test_more_tokens_than_the_model_is_made_for_are_refused(model):
         streamed(short, [np.zeros(5, np.int32)])
     with pytest.raises(ValueError, match="at least one"):
         streamed(model, [np.zeros(0, np.int32)])
+
+
+def test_layers_one_by_one_are_the_whole_model(model):
+    window = {"pattern": "sliding_window", "arguments": {"window": 3}}
+    attention = AttentionConfig(block_q=8, block_kv=8, dense_every=2, **window)
+    config = dataclasses.replace(model.config, depth=4, attention=attention)
+    model = Transformer(config, VOCABULARY, rngs=nnx.Rngs(1))
+    ids = jax.random.randint(jax.random.key(3), (2, 7), 0, VOCABULARY)
+    found = []
+    for reader in (Decoder(model), Whole(model)):
+        logits, caches = reader(ids[:, :5], reader.empty_caches(2, 8))
+        rows = [logits]
+        for t in (5, 6):
+            previous = ids[:, t - 1]
+            logits, caches = reader(ids[:, t : t + 1], caches, previous=previous)
+            rows.append(logits)
+        found.append(np.stack(rows)[..., :VOCABULARY])
+    # Sums in another order, of numbers near one.
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_holds_no_weights_of_its_own_and_overwrites_its_caches(model):
+    decoder = Decoder(model)
+    stack = model.stacks[0].blocks[0].ffn.down[...]
+    first = decoder.layers[0].state["ffn"]["down"].get_value()
+    assert first.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer()
+    caches = decoder.empty_caches(2, 8)
+    place = caches[1].keys.unsafe_buffer_pointer()
+    _, longer = decoder(jnp.zeros((2, 1), jnp.int32), caches)
+    assert longer[1].keys.unsafe_buffer_pointer() == place
