@@ -3,8 +3,10 @@
 Every docstring may carry lines ``Source: Authors Year, arXiv:ID, place``; where a paper
 is not on arXiv, ``doi:…`` or the venue stands for the ID, and ``;`` separates two
 papers. ``entries`` pairs each of them with the function it describes, a test that
-names that function, and the configs and notebooks that use it. A method without a
-test of its own is an error, so nothing is listed that was not checked.
+names that function, and the configs and notebooks that use it, or else the field that
+chooses it. What was reproduced is said where it is checked: in the test's mark
+``published("…")``. A method without a test of its own is an error, so nothing is listed
+that was not checked.
 
     python -m sparsejax.papers [--family=moe] [--search=routing] [--write]
 """
@@ -19,32 +21,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from sparsejax.citations import Citation, parse, source_lines
+
 ROOT = Path(__file__).parents[1]
 PAGE = "docs/papers.md"
 
-_CITATION = re.compile(
-    r"(?P<authors>[^\d,;][^;]*?) (?P<year>(?:19|20)\d\d)[a-z]?, "
-    r"(?P<identifier>arXiv:\d{4}\.\d{4,5}|arXiv:[a-z-]+(?:\.[A-Z]{2})?/\d{7}"
-    r"|doi:10\.\S+|(?!arXiv|doi)[A-Z][^,]*), (?P<place>\S.*)"
-)
+# Fields of a config that choose by name, for each table of names.
+FIELDS = {
+    "ACTIVATIONS": "model.ffn.activation",
+    "ALLOCATIONS": "masked.allocation",
+    "CRITERIA": "masked.criterion",
+    "DISPATCHERS": "model.ffn.dispatcher",
+    "ESTIMATORS": "masked.estimator",
+    "EXCHANGES": "model.ffn.exchange",
+    "HIDDEN": "model.ffn.activation",
+    "MEMORIES": "model.memory.kind",
+    "METHODS": "model.attention.selector",
+    "PATTERNS": "model.attention.pattern",
+    "PRIORITIES": "model.ffn.capacity_priority",
+    "ROUTERS": "model.ffn.router",
+    "SELECTORS": "model.attention.selector",
+    "STRUCTURES": "masked.structure",
+    "TABLES": "model.ffn.table",
+    "UPDATERS": "masked.updater",
+}
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
-
-
-class Citation(NamedTuple):
-    """Where a method was published, and where in that paper it stands."""
-
-    authors: str
-    year: str
-    identifier: str  # arXiv:1911.11134, doi:10.1162/…, or a venue
-    place: str
-
-    @property
-    def link(self) -> str:
-        """Markdown: authors and year, leading to the paper where it has an address."""
-        site, _, number = self.identifier.partition(":")
-        site = {"arXiv": "https://arxiv.org/abs/", "doi": "https://doi.org/"}.get(site)
-        text = f"{self.authors} {self.year}"
-        return f"[{text}]({site}{number})" if site else f"{text}, {self.identifier}"
 
 
 class Entry(NamedTuple):
@@ -54,8 +55,9 @@ class Entry(NamedTuple):
     module: str
     name: str  # of the function or class; empty for a whole module
     test: str  # "tests/moe/test_routers.py::test_…", or empty
-    users: tuple[str, ...]  # configs and notebooks
+    users: tuple[str, ...]  # configs and notebooks, or the field that chooses it
     status: str  # "verified", "tested" or "missing"
+    reproduced: str  # what of the paper a test finds again, or empty
 
     @property
     def family(self) -> str:
@@ -70,33 +72,7 @@ class Test(NamedTuple):
     direct: frozenset[str]
     indirect: frozenset[str]
     imports: frozenset[str]
-    published: bool
-
-
-def source_lines(docstring: str) -> list[str]:
-    """Give each ``Source:`` of a docstring as one line, its departures left out."""
-    paragraph = r"^\s*Source: (.*?)(?=\n\s*\n|\n\s*[A-Z]\w*:|\Z)"
-    found = re.findall(paragraph, docstring, flags=re.MULTILINE | re.DOTALL)
-    lines = [" ".join(text.split()).split(" Departure:")[0] for text in found]
-    return [line.removesuffix(".") for line in lines]
-
-
-def parse(line: str) -> list[Citation]:
-    """Read the citations of one source line.
-
-    Raises:
-        ValueError: if a part is not ``Authors Year, arXiv:ID, place``.
-    """
-    citations = []
-    for part in re.split(r"; (?=[A-Z][^;]* (?:19|20)\d\d[a-z]?, )", line):
-        match = _CITATION.fullmatch(part)
-        if not match:
-            raise ValueError(
-                f"Source: {part!r} is not 'Authors Year, arXiv:ID, place'"
-                " (or doi:… or a venue for the ID)"
-            )
-        citations.append(Citation(**match.groupdict()))
-    return citations
+    published: str  # what it reproduces, or empty
 
 
 def entries(root: Path = ROOT) -> list[Entry]:
@@ -121,12 +97,14 @@ def markdown(rows: list[Entry]) -> str:
         "Written by `make papers` from the `Source:` lines of the code.",
         f"{count} papers, {len(rows)} methods.",
         "`tested`: agrees with an oracle of ours. `verified`: a test also reproduces a",
-        "number or an ordering that the paper prints.",
+        "number or an ordering that the paper prints; the last column says which.",
+        "Where no config or notebook uses a method, its field does:",
+        "`python train.py --config=… --config.FIELD=NAME`.",
     ]
     for family in dict.fromkeys(row.family for row in rows):
         text += ["", f"## {family}", ""]
-        text += ["| paper | function | its own test | used by | status |"]
-        text += ["|---|---|---|---|---|"]
+        text += ["| paper | function | config | its own test | status | reproduced |"]
+        text += ["|---|---|---|---|---|---|"]
         text += [_row(row) for row in rows if row.family == family]
     return "\n".join(text) + "\n"
 
@@ -135,9 +113,10 @@ def _row(row: Entry) -> str:
     module = row.module.removeprefix("sparsejax.")
     function = f"{module}.{row.name}" if row.name else module
     test = row.test.rpartition("::")[2]
-    users = ", ".join(f"`{Path(u).stem}`" for u in row.users[:3])
+    users = ", ".join(f"`{u if '=' in u else Path(u).stem}`" for u in row.users[:3])
     paper = f"{row.citation.link}, {row.citation.place}".replace("|", "\\|")
-    return f"| {paper} | `{function}` | `{test}` | {users} | {row.status} |"
+    cells = (paper, f"`{function}`", users, f"`{test}`", row.status, row.reproduced)
+    return f"| {' | '.join(cells)} |"
 
 
 @functools.cache
@@ -203,21 +182,32 @@ def _tests(path: Path) -> Iterator[Test]:
     for node in tree.body:
         if isinstance(node, _Function) and node.name.startswith("test_"):
             direct = definitions[node.name]
-            decorators = {w for d in node.decorator_list for w in _words(d)}
+            published = (_published(d) for d in node.decorator_list)
             yield Test(
                 where=f"{path.as_posix()}::{node.name}",
                 direct=frozenset(direct),
                 indirect=frozenset(_closure(direct, definitions)),
                 imports=imports,
-                published="published" in decorators,
+                published=next(filter(None, published), ""),
             )
+
+
+def _published(decorator: ast.expr) -> str:
+    """What ``@pytest.mark.published("…")`` says."""
+    if isinstance(decorator, ast.Call) and ast.unparse(decorator.func).endswith(
+        ".published"
+    ):
+        return ast.literal_eval(decorator.args[0])
+    return ""
 
 
 def _users(root: Path) -> dict[str, set[str]]:
     """What every config and notebook chooses by name, by path."""
     found = {}
     for path in sorted(root.glob("configs/*.py")):
-        strings = (getattr(n, "value", None) for n in ast.walk(_tree(path)))
+        nodes = list(ast.walk(_tree(path)))
+        keys = {id(k) for n in nodes if isinstance(n, ast.Dict) for k in n.keys}
+        strings = (getattr(n, "value", None) for n in nodes if id(n) not in keys)
         chosen = {x for x in strings if isinstance(x, str)}
         found[path.relative_to(root).as_posix()] = chosen
     for path in sorted(root.glob("notebooks/*.ipynb")):
@@ -260,30 +250,34 @@ def _of_module(
     path: Path, root: Path, tests: list[Test], users: dict[str, set[str]]
 ) -> Iterator[Entry]:
     module, tree = _module_name(path, root), _tree(path)
-    own_folder = f"/tests/{_part(module)}"
     near = [t for t in tests if _mirrors(t, module)]
-    near.sort(key=lambda t: own_folder not in t.where)
     for name, docstring in _docstrings(tree):
         lines = source_lines(docstring)
         if not lines:
             continue
-        names = _aliases(name, path, tree) if name else set()
-        own = _ranked(names, near) if name else near
+        chosen = _chosen(name, path, tree) if name else {}
+        names = {*_names(name, tree), *chosen.values()}
+        own = _ranked(names, near, module)
+        if not any(f"/tests/{_part(module)}/" in t.where for t in own):
+            own = _ranked(_users_of(name, tree), near, module) or own
+        used = tuple(u for u, words in users.items() if names & words)
+        fields = (f"{FIELDS[t]}={key}" for t, key in chosen.items() if t in FIELDS)
         for citation in (c for line in lines for c in parse(line)):
             yield Entry(
                 citation=citation,
                 module=module,
                 name=name,
                 test=own[0].where.removeprefix(f"{root.as_posix()}/") if own else "",
-                users=tuple(u for u, words in users.items() if names & words),
+                users=used or tuple(fields)[:1],
                 status=_status(own),
+                reproduced=own[0].published if own else "",
             )
 
 
 def _status(own: list[Test]) -> str:
     if not own:
         return "missing"
-    return "verified" if any(t.published for t in own) else "tested"
+    return "verified" if own[0].published else "tested"
 
 
 def _mirrors(test: Test, module: str) -> bool:
@@ -292,25 +286,39 @@ def _mirrors(test: Test, module: str) -> bool:
     return any(f"{i}.".startswith(f"{part}.") for i in test.imports)
 
 
-def _aliases(name: str, path: Path, tree: ast.Module) -> set[str]:
-    """A function's name, its keys in dicts beside it, and, if private, its users."""
-    names = {name}
-    if name.startswith("_"):
-        definitions = _definitions(tree)
-        reach = {d for d, w in definitions.items() if name in _closure(w, definitions)}
-        names |= {d for d in reach if not d.startswith("_")}
-    family = path.parent / "__init__.py"
-    trees = [tree, *([_tree(family)] if family.is_file() else [])]
-    values = (getattr(node, "value", None) for t in trees for node in t.body)
-    for table in (v for v in values if isinstance(v, ast.Dict)):
-        for key, value in zip(table.keys, table.values, strict=True):
-            if isinstance(key, ast.Constant) and name in _words(value):
-                names.add(str(key.value))
-    return names
+def _names(name: str, tree: ast.Module) -> set[str]:
+    """A function's name and, if private, its users; a module's public names."""
+    return {name} if name and not name.startswith("_") else _users_of(name, tree)
 
 
-def _ranked(names: set[str], tests: list[Test]) -> list[Test]:
-    """Tests that name a function: in their name, in their body, through a helper."""
+def _users_of(name: str, tree: ast.Module) -> set[str]:
+    """What of a module leads to a name, and is public; all of it for no name."""
+    words = _definitions(tree)
+    reach = {d for d, w in words.items() if not name or name in _closure(w, words)}
+    return {d for d in {name, *reach} - {""} if d == name or not d.startswith("_")}
+
+
+def _chosen(name: str, path: Path, tree: ast.Module) -> dict[str, str]:
+    """The key under which dicts beside a function have it, by the dict's name."""
+    found = {}
+    beside = [path.parent / "config.py", path.parent / "__init__.py"]
+    for node in (
+        n for t in [tree, *(_tree(p) for p in beside if p.is_file())] for n in t.body
+    ):
+        table = getattr(node, "value", None)
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        if isinstance(table, ast.Dict) and isinstance(targets[0], ast.Name):
+            for key, value in zip(table.keys, table.values, strict=True):
+                if isinstance(key, ast.Constant) and name in _words(value):
+                    found[targets[0].id] = str(key.value)
+    return found
+
+
+def _ranked(names: set[str], tests: list[Test], module: str) -> list[Test]:
+    """Tests that name a function: in their name, in their body, through a helper.
+
+    First what reproduces a paper, then the family's folder, there the module's file.
+    """
     spellings = [f"_{_snake(n)}_" for n in names]
     spelled = [t for t in tests if any(s in f"{_title(t)}_" for s in spellings)]
     ranks = [
@@ -318,7 +326,12 @@ def _ranked(names: set[str], tests: list[Test]) -> list[Test]:
         [t for t in tests if names & t.direct],
         [t for t in tests if names & t.indirect],
     ]
-    return list(dict.fromkeys(t for rank in ranks for t in rank))
+    file, folder = f"/test_{module.rpartition('.')[2]}.py::", f"/tests/{_part(module)}/"
+    found = {}
+    for number, test in ((n, t) for n, rank in enumerate(ranks) for t in rank):
+        near = (folder not in test.where, number, file not in test.where)
+        found.setdefault(test, (not test.published, *near))
+    return sorted(found, key=found.__getitem__)
 
 
 def _title(test: Test) -> str:

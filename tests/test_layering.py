@@ -9,7 +9,7 @@ import pytest
 
 from tests.sources import PACKAGES, ROOT, Source, snippet, sources
 
-FLOOR = ("compat", "config", "late", "partition", "tree", "typing")
+FLOOR = ("citations", "compat", "config", "late", "partition", "tree", "typing")
 FAMILIES = (
     "activation",
     "adapters",
@@ -31,8 +31,9 @@ RANKS = {
     "train": 3,
     "interop": 4,  # writes runs
     **dict.fromkeys(("papers", "sample"), 5),
-    **dict.fromkeys(("bench", "convert", "evaluate"), 6),  # read runs as sampling does
-    "sweep": 7,
+    **dict.fromkeys(("convert", "evaluate"), 6),  # read runs as sampling does
+    "bench": 7,
+    "sweep": 8,
 }
 KERNEL_IMPORTS = {"jax", "jaxtyping", "numpy", "pallas_kernels"}
 ABOVE = {"configs", "notebooks", "sweep", "tests", "train"}

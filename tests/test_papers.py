@@ -5,7 +5,9 @@ import json
 import pytest
 
 from sparsejax import papers
-from sparsejax.papers import Citation
+from sparsejax.citations import Citation
+from sparsejax.config import override, read
+from sparsejax.train.config import Config
 from tests.sources import ROOT
 
 EVCI = "Evci et al. 2019, arXiv:1911.11134, Alg. 1"
@@ -189,9 +191,37 @@ def test_a_private_function_is_tested_through_its_public_users(checkout):
 
 
 def test_a_published_number_makes_a_method_verified(checkout):
-    text = f"{IMPORT}@pytest.mark.published\ndef test_it(): assert switch(1)\n"
+    mark = '@pytest.mark.published("two thirds, within 1 %")\n'
+    first = "def test_switch_takes_the_best(): assert switch(1)\n"
+    text = f"{IMPORT}{first}{mark}def test_it(): assert switch(1)\n"
     entry = checkout("tests/moe/test_routers.py", text)["switch"]
-    assert entry.status == "verified"
+    assert entry.test.endswith("::test_it")
+    assert (entry.status, entry.reproduced) == ("verified", "two thirds, within 1 %")
+
+
+def test_a_method_without_a_config_shows_the_field_that_chooses_it(checkout):
+    names = '"""Moe."""\nROUTERS = {"best": switch}\n'
+    entry = checkout("sparsejax/moe/__init__.py", names)["switch"]
+    assert entry.users == ("model.ffn.router=best",)
+
+
+def test_a_config_does_not_use_what_only_names_an_argument(checkout):
+    text = '"""An argument."""\nrouter = {"switch": 4}\n'
+    entry = checkout("configs/hash.py", text)["switch"]
+    assert entry.users == ("configs/moe.py",)
+
+
+def test_a_helper_is_tested_through_what_leads_to_it(checkout):
+    folder = "tests/moe/test_routers.py"
+    entry = checkout(folder, f"{IMPORT}def test_it(): assert switch(1)\n")["_jitter"]
+    assert entry.test.endswith("::test_it")
+
+
+@pytest.mark.parametrize("table", papers.FIELDS)
+def test_a_field_that_chooses_by_name_is_a_field_of_a_config(table):
+    field = papers.FIELDS[table]
+    name = "memory" if ".memory." in field else "moe"
+    override(Config, read(ROOT / "configs" / f"{name}.py"), field, "any")
 
 
 def test_a_config_uses_what_it_names_outside_its_docstring(checkout):
@@ -241,6 +271,7 @@ def one_entry(monkeypatch):
             test=test,
             users=("configs/masked.py",),
             status="tested",
+            reproduced="",
         )
         monkeypatch.setattr(papers, "entries", lambda: [entry])
 
@@ -267,7 +298,7 @@ def test_the_command_writes_the_page(one_entry, monkeypatch, tmp_path, capsys):
     (tmp_path / "docs").mkdir()
     monkeypatch.setattr(papers, "ROOT", tmp_path)
     assert papers.main(["--write"]) == 0
-    row = "| `masked.updaters.rigl` | `test_rigl` | `masked` | tested |"
+    row = "| `masked.updaters.rigl` | `masked` | `test_rigl` | tested |  |"
     assert row in (tmp_path / papers.PAGE).read_text()
 
 

@@ -102,7 +102,7 @@ def test_halving_keeps_a_half_then_a_quarter_in_equal_frames():
 CARDS = [(11200, 2500, 8100, 0.8), (13050, 2500, 8875, 0.6), (16375, 2500, 10100, 0.4)]
 
 
-@pytest.mark.published
+@pytest.mark.published("first and last pruning of three published runs, within 1 %")
 @pytest.mark.parametrize(("steps", "begin", "end", "density"), CARDS)
 def test_a_window_of_compute_is_that_of_published_runs(steps, begin, end, density):
     found = window(steps, density, every=25)
