@@ -42,6 +42,7 @@ from sparsejax.masked.estimators import (
     top_kast,
 )
 from sparsejax.masked.evidence import Measured, measure
+from sparsejax.masked.fan_in import FanIn
 from sparsejax.masked.kept import clock, horizon
 from sparsejax.masked.metrics import Cost, cost, metrics
 from sparsejax.masked.optimizer import (
@@ -204,6 +205,7 @@ __all__ = [
     "Blocked",
     "Cost",
     "Evidence",
+    "FanIn",
     "Layer",
     "Mask",
     "MaskedConfig",

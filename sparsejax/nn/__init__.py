@@ -1,6 +1,6 @@
 """Models composed of the families."""
 
-from sparsejax.nn.compact import compact
+from sparsejax.nn.compact import by_fan_in, compact
 from sparsejax.nn.config import GatedConfig, LayerSpec, ModelConfig
 from sparsejax.nn.refresh import refreshed
 from sparsejax.nn.transformer import Hidden, Transformer
@@ -11,6 +11,7 @@ __all__ = [
     "LayerSpec",
     "ModelConfig",
     "Transformer",
+    "by_fan_in",
     "compact",
     "refreshed",
 ]

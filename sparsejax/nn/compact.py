@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sparsejax.masked import FanIn
 from sparsejax.masked.compact import kept, silent, without
 from sparsejax.moe import MoEConfig
 from sparsejax.moe.experts import HIDDEN
@@ -15,8 +17,9 @@ from sparsejax.nn.transformer import Transformer
 from sparsejax.tree import map_with_path, variables
 from sparsejax.typing import Array
 
-__all__ = ["compact"]
+__all__ = ["by_fan_in", "compact"]
 
+SPARSE = 0.3  # share of the inputs below which gathering them pays
 INPUTS = ("gate", "up")
 # What each letter of a parameter, given by the end of its path, is cut to.
 Cuts = dict[str, dict[str, Array]]
@@ -47,6 +50,28 @@ def compact(model: Transformer) -> Transformer:
         return value
 
     return nnx.merge(nnx.graphdef(smaller), map_with_path(cut, nnx.state(model)))
+
+
+def by_fan_in(model: Transformer) -> Transformer:
+    """Store feed-forward weights as the inputs of each output, to decode faster.
+
+    Of a weight whose fullest output has more than three tenths of the inputs, gathering
+    would save nothing: it stays. The outputs of the model stay, up to rounding. It is
+    for use, not for training: what is 0 has no gradient.
+    """
+    graph, state = nnx.split(model)
+
+    def one(variable: Any) -> Any:
+        weight = variable.get_value()
+        if "multiplies" not in variable.get_metadata():
+            return variable
+        most = int(jnp.max(jnp.sum(weight != 0, axis=-2)))
+        if most > SPARSE * weight.shape[-2]:
+            return variable
+        return variable.replace(FanIn.from_dense(weight, k=most))
+
+    is_variable = lambda x: isinstance(x, nnx.Variable)  # noqa: E731
+    return nnx.merge(graph, jax.tree.map(one, state, is_leaf=is_variable))
 
 
 def _channels(

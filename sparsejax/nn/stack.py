@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.masked import Blocked
+from sparsejax.masked import Blocked, FanIn
 from sparsejax.memory import MemoryPlusConfig
 from sparsejax.memory.table import Table, is_table, join, part
 from sparsejax.nn.blocks import Block
@@ -51,12 +51,12 @@ def _stacked(spec: Any, config: ModelConfig, keys: Array) -> Block:
 def _gathered(state: PyTree) -> PyTree:
     """One layer's parameters, whole along ``fsdp``: gathered here, freed after use.
 
-    Tables that are read by rows stay where they are: ids travel. What multiplies by
-    blocks gathers them itself.
+    Tables that are read by rows stay where they are: ids travel. What multiplies in
+    a way of its own gathers itself.
     """
 
     def gather(x: nnx.Variable) -> nnx.Variable:
-        if is_table(x) or isinstance(x.get_value(), Blocked):
+        if is_table(x) or isinstance(x.get_value(), Blocked | FanIn):
             return x
         axes = x.axes.removeprefix("l").strip()
         rules = ACTIVATIONS if len(axes.split()) > 1 else {}

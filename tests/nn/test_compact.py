@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 
 from sparsejax.attention import AttentionConfig
+from sparsejax.masked import FanIn
 from sparsejax.moe import MoEConfig
-from sparsejax.nn import GatedConfig, ModelConfig, Transformer, compact
+from sparsejax.nn import GatedConfig, ModelConfig, Transformer, by_fan_in, compact
 from sparsejax.nn.cost import cost
 from sparsejax.tree import map_with_path
 
@@ -127,3 +128,14 @@ def test_heads_that_others_depend_on_stay(change):
     attention = dataclasses.replace(CONFIG.attention, learned_sinks=False, **change)
     model = emptied(dataclasses.replace(CONFIG, attention=attention), HEADS)
     assert compact(model).config.heads == 8
+
+
+def test_a_model_by_fan_in_has_the_same_outputs(monkeypatch):
+    monkeypatch.setattr("sparsejax.masked.fan_in.FEW", TOKENS.size)
+    thin = np.arange(16)[:, None] % 5 == np.arange(12)[None] % 5  # three inputs or four
+    model = emptied(CONFIG, [("ffn/gate", np.s_[:, ~thin]), ("ffn/down", np.s_[:, 3:])])
+    small = by_fan_in(model)
+    ffn = small.stacks[0].blocks[0].ffn
+    kinds = [isinstance(w[...], FanIn) for w in (ffn.gate, ffn.up, ffn.down)]
+    assert kinds == [True, False, True]
+    np.testing.assert_allclose(logits(small), logits(model), rtol=1e-5, atol=1e-5)
