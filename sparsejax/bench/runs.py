@@ -19,15 +19,21 @@ def trained(name: str, seed: int, overrides: Sequence[str]) -> Iterator[Path]:
     """Train a config with a seed; give the run's workdir, which is removed after."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        command = [sys.executable, "train.py", f"--config=configs/{name}.py"]
+        command = [sys.executable, "train.py", f"--config={_path(name)}"]
         command += [f"--workdir={workdir}", f"--config.seed={seed}", *overrides]
         subprocess.run(command, cwd=ROOT, check=True)
         yield workdir
 
 
+def _path(name: str) -> str:
+    """Give a config's file; ``masked:rigl`` is one of several in one."""
+    file, *method = name.split(":")
+    return ":".join([f"configs/{file}.py", *method])
+
+
 def fingerprint_of(name: str, seed: int, overrides: Sequence[str]) -> str:
     """Fingerprint the config that a run will have."""
-    values = read(ROOT / "configs" / f"{name}.py")
+    values = read(ROOT / _path(name))
     for flag in [f"--config.seed={seed}", *overrides]:
         path, _, text = flag.removeprefix("--config.").partition("=")
         override(Config, values, path, text)

@@ -1,0 +1,72 @@
+"""Every method of ``configs/masked.py``, trained for a moment at a small size.
+
+    python -m sparsejax.bench methods
+
+Not a comparison: methods differ in density, and a hundred steps are no training. It
+shows that each runs to its end and what it then looks like. A run is a row of
+``results/methods.csv``; runs that are there already, by the fingerprint of their
+config, are not run again. Flags ``--config.…`` go to every run.
+"""
+
+import argparse
+import json
+import runpy
+import sys
+from typing import Any
+
+from sparsejax.bench.runs import fingerprint_of, trained
+from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
+from sparsejax.train.metrics import read_metrics
+
+SMALL = (
+    "--config.model.depth=2",
+    "--config.data.seq_len=128",
+    "--config.data.batch_size=4",
+    "--config.train.eval_every=100",
+    "--config.train.eval_batches=8",
+    "--config.train.save_every=100",
+)
+COLUMNS = {
+    "method": "method",
+    "loss": "training loss at the end",
+    "eval_loss": "held-out loss",
+    "density": "density of masks",
+    "nonzero": "non-zero parameters",
+}
+
+
+def methods() -> list[str]:
+    """Name every method that the config file has."""
+    return [*runpy.run_path(str(ROOT / "configs" / "masked.py"))["METHODS"]]
+
+
+def run(method: str, more: list[str]) -> dict[str, Any]:
+    """Train with one method in a process of its own; give its row."""
+    flags = [*SMALL, *more]
+    with trained(f"masked:{method}", 0, flags) as workdir:
+        summary = json.loads((workdir / "summary.json").read_text())
+        last = read_metrics(workdir)[-1]
+    row = {"method": method, "steps": last["step"]}
+    row["fingerprint"] = fingerprint_of(f"masked:{method}", 0, flags)
+    row |= {"loss": round(last["loss"], 4), "eval_loss": round(summary["eval/loss"], 4)}
+    row |= {"density": round(last["masked/density"], 4)}
+    row |= {"nonzero": summary["parameters_nonzero"]}
+    return row | provenance()
+
+
+def main(argv: list[str]) -> int:
+    """Run what is missing; print the table of all there is."""
+    parser = argparse.ArgumentParser(prog="python -m sparsejax.bench methods")
+    names = methods()
+    parser.add_argument("--methods", nargs="+", default=names, choices=names)
+    flags, more = parser.parse_known_args(argv)
+    wanted = {}
+    for method in flags.methods:
+        mark = fingerprint_of(f"masked:{method}", 0, [*SMALL, *more])
+        wanted[mark] = method
+        if mark not in {row["fingerprint"] for row in read_rows("methods")}:
+            row = run(method, more)
+            write_rows("methods", [*read_rows("methods"), row])
+    rows = [row for row in read_rows("methods") if row["fingerprint"] in wanted]
+    sys.stdout.write(markdown(rows, COLUMNS) + "\n")
+    return 0
