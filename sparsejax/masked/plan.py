@@ -22,7 +22,7 @@ from sparsejax.masked.schedules import Ramp
 from sparsejax.masked.structures import Structure
 from sparsejax.typing import Array, Int, PyTree
 
-__all__ = ["Target", "depth", "targets"]
+__all__ = ["Target", "depth", "layer_of", "targets"]
 
 STACK = ("l", "e")  # leading axes that stack layers and experts
 # What stays dense unless ``include`` says otherwise: by axis, and for trees without
@@ -114,7 +114,7 @@ def targets(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
     axes, arrays = tree.axes_of(params), tree.leaves(params)
     paths = _chosen(plan, {p: axes.get(p, "") for p in arrays}, arrays)
     letters = {p: axes.get(p, "").split() for p in paths}
-    layers = {p: _layer(arrays[p].shape, letters[p]) for p in paths}
+    layers = {p: layer_of(arrays[p].shape, letters[p]) for p in paths}
     allocate = masked.ALLOCATIONS[plan.allocation]
     ends = [
         allocate(layers, density, **plan.allocation_arguments)
@@ -175,7 +175,7 @@ def _is_weight(path: str, letters: list[str], ndim: int) -> bool:
     return rank >= 2 and not named and DENSE_AXES.isdisjoint(inner)
 
 
-def _layer(shape: tuple[int, ...], letters: list[str]) -> Layer:
+def layer_of(shape: tuple[int, ...], letters: list[str]) -> Layer:
     """Describe the matrix that a parameter is: heads and their width are one side."""
     first = depth(letters)
     sides: list[int] = []
