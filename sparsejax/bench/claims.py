@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from sparsejax.bench.facts import interval
-from sparsejax.bench.perceptron import TASKS, Run, trainer, weights
+from sparsejax.bench.perceptron import TASKS, Data, Run, Trainer, trainer, weights
 from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
 from sparsejax.config import fingerprint
 from sparsejax.masked import MaskedConfig, window
@@ -149,27 +149,33 @@ def mark(run: Run, seed: int) -> str:
 
 
 def _study(runs: Mapping[str, Run], seeds: range) -> Rows:
-    for name, run in runs.items():
-        measured(name, run, seeds)
+    """Run what is missing, seed by seed: a study cut short has some seeds of all."""
+    trainers = {name: trainer(run) for name, run in runs.items()}
+    for seed in seeds:
+        for name, run in runs.items():
+            measured(name, run, seed, trainers[name])
     return by_setting(runs, seeds)
 
 
-def measured(name: str, run: Run, seeds: range) -> None:
-    """Run the seeds that are missing; write a row as soon as there is one."""
-    train = trainer(run)
-    for seed in seeds:
-        rows = read_rows("claims")  # another may have written meanwhile
-        if mark(run, seed) in {row["fingerprint"] for row in rows}:
-            continue
-        found = train(jax.random.key(seed), TASKS[run.task].data(seed))
-        row = {"setting": name, "task": run.task, "hidden": run.hidden}
-        row |= {"learning_rate": run.learning_rate, "steps": run.steps, "seed": seed}
-        row["fingerprint"] = mark(run, seed)
-        row |= {"loss": round(float(found.loss), 5)}
-        row |= {"accuracy": round(float(found.accuracy), 5)}
-        row |= {"weights": round(float(found.nonzero))}
-        row |= {"average_weights": round(float(found.average))}
-        write_rows("claims", [*rows, row | provenance()])
+@functools.lru_cache(maxsize=len(TASKS))
+def _data(task: str, seed: int) -> Data:
+    return TASKS[task].data(seed)
+
+
+def measured(name: str, run: Run, seed: int, train: Trainer) -> None:
+    """Run and write a row, unless there is one."""
+    rows = read_rows("claims")  # another may have written meanwhile
+    if mark(run, seed) in {row["fingerprint"] for row in rows}:
+        return
+    found = train(jax.random.key(seed), _data(run.task, seed))
+    row = {"setting": name, "task": run.task, "hidden": run.hidden}
+    row |= {"learning_rate": run.learning_rate, "steps": run.steps, "seed": seed}
+    row["fingerprint"] = mark(run, seed)
+    row |= {"loss": round(float(found.loss), 5)}
+    row |= {"accuracy": round(float(found.accuracy), 5)}
+    row |= {"weights": round(float(found.nonzero))}
+    row |= {"average_weights": round(float(found.average))}
+    write_rows("claims", [*rows, row | provenance()])
 
 
 class Found(NamedTuple):

@@ -21,7 +21,7 @@ from sparsejax.data.corpora import CORPORA, group_hash, held_out
 from sparsejax.masked import MaskedConfig, effective, masks_of, sparse
 from sparsejax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
-__all__ = ["TASKS", "Data", "Run", "Trained", "trainer", "weights"]
+__all__ = ["TASKS", "Data", "Run", "Trained", "Trainer", "trainer", "weights"]
 
 WINDOW = 16  # bytes that the next one is told from
 EMBEDDED = 16  # width of a byte's embedding
@@ -116,7 +116,10 @@ def weights(task: str, hidden: int) -> int:
     return hidden * (TASKS[task].inputs + hidden + TASKS[task].outputs)
 
 
-def trainer(run: Run) -> Callable[[PRNGKeyArray, Data], Trained]:
+Trainer = Callable[[PRNGKeyArray, Data], Trained]
+
+
+def trainer(run: Run) -> Trainer:
     """Compile a whole run; the key and the data decide the rest."""
     rate = optax.cosine_decay_schedule(run.learning_rate, run.steps)
     tx, plan = optax.adam(rate), run.masked
