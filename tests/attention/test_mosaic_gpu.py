@@ -14,6 +14,7 @@ from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.operation import block_sparse_attention_and_lse
 from sparsejax.compat import HAS_GPU_INTERPRETER
+from tests.slowly import slowly
 
 pytestmark = pytest.mark.timeout(180)  # a deadlock would wait for ever
 interpreted = pytest.mark.skipif(
@@ -137,7 +138,11 @@ def assert_near(found, expected):
 
 @interpreted
 @pytest.mark.parametrize(
-    "name", ["causal", "dense_heads", "grants", "one_token", "wide"]
+    "name",
+    slowly(
+        ["causal", "dense_heads", "grants", "one_token", "wide"],
+        but={"causal", "grants"},
+    ),
 )
 def test_gradients_equal_the_reference(name, key):
     mask = MASKS[name]()
@@ -189,7 +194,7 @@ def test_values_equal_the_reference(name, key):
 
 
 @interpreted
-@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("width", slowly([64, 96], but={96}))
 def test_heads_may_be_wide(width, key):
     mask = pattern_mask(causal(), 64, 64, 64, 64)
     x = arrays(key, mask, c=width)
@@ -205,7 +210,9 @@ def test_gradients_of_wide_heads_equal_the_reference(key):
 
 
 @interpreted
-@pytest.mark.parametrize("heads", [(8, 2), (2, 2)])
+@pytest.mark.parametrize(
+    "heads", [(8, 2), pytest.param((2, 2), marks=pytest.mark.slow)]
+)
 def test_few_queries_share_a_tile_and_split_a_long_cache(heads, key):
     h, g = heads
 

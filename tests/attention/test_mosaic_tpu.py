@@ -21,6 +21,7 @@ from sparsejax.attention import (
     tpu_plan,
 )
 from tests.attention.test_operation import arrays, both, packed, weigh
+from tests.slowly import slowly
 
 SIZES = {"q_len": 22, "kv_len": 29, "block_q": 8, "block_kv": 8}
 # As for the other implementations: logits and gradients are sums of hundreds of terms.
@@ -74,6 +75,8 @@ MASKS = {
         *chosen(2, 4, 22, width=3), **SIZES | {"block_q": 1}, pattern=causal()
     ).coarsened(8),
 }
+# One of each kind; the others are the same kernel again, compiled for seconds.
+VARIED = {"blocks", "grants", "heads", "uneven"}
 SEGMENTS = Segments(
     jnp.stack([packed(22, 3, 9, 20), packed(22, 0, 22, 22)]),
     jnp.stack([packed(29, 5, 11, 25), packed(29, 0, 30, 30)]),
@@ -92,14 +95,14 @@ def assert_equal_trees(found, expected):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
-@pytest.mark.parametrize("name", sorted(MASKS))
+@pytest.mark.parametrize("name", slowly(sorted(MASKS), but=VARIED))
 def test_the_kernels_equal_the_reference(name, key):
     q, k, v = arrays(key)
     expected = both(q, k, v, MASKS[name](), implementation="reference")
     assert_equal_trees(run(q, k, v, MASKS[name]()), expected)
 
 
-@pytest.mark.parametrize("name", ["causal", "heads", "grants"])
+@pytest.mark.parametrize("name", slowly(["causal", "heads", "grants"], but={"grants"}))
 def test_the_kernels_equal_the_reference_with_all_extras(name, key):
     q, k, v = arrays(key)
     extras = {"scale": 0.7, "softcap": 2.0, "segments": SEGMENTS}
@@ -109,7 +112,9 @@ def test_the_kernels_equal_the_reference_with_all_extras(name, key):
     assert_equal_trees(run(q, k, v, MASKS[name](), **extras), expected)
 
 
-@pytest.mark.parametrize(("h", "g", "patterns"), [(4, 1, 1), (6, 3, 6), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("h", "g", "patterns"), slowly([(4, 1, 1), (6, 3, 6), (2, 2, 1)], but={(6, 3, 6)})
+)
 def test_grouped_heads_read_their_own_keys(h, g, patterns, key):
     q, k, v = arrays(key, h=h, g=g)
     mask = BlockMask.from_pattern((causal(),) * patterns, **SIZES)
@@ -151,7 +156,7 @@ def test_dead_blocks_are_never_read_and_give_zero(key):
     assert (dv[:, 16:24] == 0).all()
 
 
-@pytest.mark.parametrize("name", ["causal", "heads"])
+@pytest.mark.parametrize("name", slowly(["causal", "heads"], but={"heads"}))
 def test_bfloat16_errs_little_more_than_dense_attention_in_bfloat16(name, key):
     exact = [x.astype("bfloat16").astype("float32") for x in arrays(key)]
     coarse = [x.astype("bfloat16") for x in exact]

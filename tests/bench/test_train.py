@@ -117,6 +117,7 @@ def test_the_bare_optimizer_is_our_optimizer():
             np.testing.assert_allclose(y, x, rtol=1e-4, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_both_loops_read_the_same_batches_and_stay_the_same_model(config, monkeypatch):
     turns, written = [], {}
 

@@ -75,7 +75,8 @@ def test_every_layer_has_its_own_part_of_the_random_key():
 def test_a_step_moves_means_by_what_visited_them():
     """In two halves of the batch or at once: evidence is averaged, then used."""
     ffn = {"kind": "moe", "experts": 8, "per_token": 2, "hidden": 16}
-    settings = {"model": {"ffn": ffn | {"router": "k_means"}}, "masked": None}
+    model = {"ffn": ffn | {"router": "k_means"}, "memory": None, "memory_layers": ()}
+    settings = {"model": model, "masked": None}
     moved = []
     for accumulate in (1, 2):
         config = toy(**settings, optim={"accumulate": accumulate})

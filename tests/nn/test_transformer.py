@@ -11,10 +11,11 @@ from sparsejax.memory import MemoryConfig
 from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
 from sparsejax.nn.transformer import Transformer
+from tests.slowly import slowly
 
 VOCABULARY = 50
 CONFIG = ModelConfig(
-    depth=4,
+    depth=2,
     width=32,
     heads=4,
     kv_heads=2,
@@ -26,7 +27,7 @@ CONFIG = ModelConfig(
     ),
     ffn=MoEConfig(experts=4, per_token=2, hidden=16),
     memory=MemoryConfig(sub_keys=8, heads=2, per_head=4, key_width=8),
-    memory_layers=(2,),
+    memory_layers=(1,),
 )
 
 
@@ -60,9 +61,11 @@ def test_padding_of_the_vocabulary_scores_minus_infinity(model, tokens):
     assert np.isfinite(scores[..., :VOCABULARY]).all()
 
 
-def test_metrics_come_in_the_order_of_the_layers(model, tokens):
+def test_metrics_come_in_the_order_of_the_layers(tokens):
+    deep = dataclasses.replace(CONFIG, depth=3)
+    model = Transformer(deep, VOCABULARY, rngs=nnx.Rngs(0))
     hidden = model(tokens)
-    assert hidden.metrics["moe/load"].shape == (3, 4)
+    assert hidden.metrics["moe/load"].shape == (2, 4)
     alone = Transformer(
         dataclasses.replace(CONFIG, depth=1, memory=None, memory_layers=()),
         VOCABULARY,
@@ -81,7 +84,7 @@ def first_layer(model, alone):
 
 def test_the_scan_equals_the_layers_one_by_one(model, tokens):
     positions = jnp.broadcast_to(jnp.arange(32), (2, 32))
-    x = model._embed(tokens)
+    x = model.embed(tokens)
     for stack in model.stacks:
         graph, state = nnx.split(stack.blocks[0])
         for layer in range(state["norm"]["scale"][...].shape[0]):
@@ -120,7 +123,7 @@ def test_cached_prefill_and_decode_equal_the_whole(model, tokens):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole[:, :28], atol=5e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "names"])
+@pytest.mark.parametrize("remat", slowly(["full", "dots", "names"], but={"names"}))
 def test_recomputing_changes_no_gradient(model, tokens, remat):
     def gradient(config):
         twin = Transformer(config, VOCABULARY, rngs=nnx.Rngs(0))
@@ -147,7 +150,7 @@ def test_bfloat16_stays_near_float32(model, tokens):
     )
     low, high = half(tokens).value, full(tokens).value
     assert low.dtype == jnp.bfloat16
-    # Eight bits of mantissa over four layers: a few per cent of the RMS, which is 1.
+    # Eight bits of mantissa over two layers: a few per cent of the RMS, which is 1.
     assert np.sqrt(np.mean((low.astype(jnp.float32) - high) ** 2)) < 0.05
 
 

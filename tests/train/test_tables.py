@@ -91,8 +91,9 @@ def test_nothing_of_the_size_of_the_table_is_computed():
 
 @pytest.fixture(scope="module")
 def everything():
-    """Rows by Adam, under masks, experts beside them."""
-    return toy.toy(optim={"tables": "adam", "weight_decay": 0.1})
+    """Rows by Adam, under masks."""
+    ffn = {"kind": "gated", "hidden": 16}
+    return toy.toy(model={"ffn": ffn}, optim={"tables": "adam", "weight_decay": 0.1})
 
 
 def test_a_restored_state_goes_on_with_the_same_bits(everything, tmp_path):
