@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sparsejax.bench.runs import fingerprint_of, trained
-from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
+from sparsejax.bench.runs import completed, fingerprint_of, trained
+from sparsejax.bench.table import markdown, result
 from sparsejax.train.metrics import read_metrics
 from sparsejax.train.plots import style
 
@@ -48,9 +49,7 @@ def run(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         summary = json.loads((workdir / "summary.json").read_text())
         steps = read_metrics(workdir)[-1]["step"]
     row = {"config": name, "seed": seed, "steps": steps}
-    row["fingerprint"] = fingerprint_of(name, seed, overrides)
-    row |= {new: summary[old] for old, new in KEPT.items()}
-    return row | provenance()
+    return row | {new: summary[old] for old, new in KEPT.items()}
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -110,17 +109,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--configs", nargs="+", default=CONFIGS)
     flags, overrides = parser.parse_known_args(argv)
-    rows = read_rows("comparison")
-    for seed in range(flags.seeds):
-        for name in flags.configs:
-            if fingerprint_of(name, seed, overrides) in {
-                r["fingerprint"] for r in rows
-            }:
-                continue
-            row = run(name, seed, overrides)
-            rows = [*read_rows("comparison"), row]  # another may have written meanwhile
-            write_rows("comparison", rows)
-    rows = read_rows("comparison")
-    draw(rows, write_rows("comparison", rows).with_suffix(".png"))
+    wanted = {
+        fingerprint_of(name, seed, overrides): partial(run, name, seed, overrides)
+        for seed in range(flags.seeds)
+        for name in flags.configs
+    }
+    rows = completed("comparison", wanted)
+    draw(rows, result("comparison.png"))
     sys.stdout.write(table(rows) + "\n")
     return 0

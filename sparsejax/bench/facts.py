@@ -18,6 +18,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +30,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from sparsejax.bench.runs import fingerprint_of, trained
-from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
+from sparsejax.bench.runs import completed, fingerprint_of, trained
+from sparsejax.bench.table import markdown, result
 from sparsejax.data.corpora import CORPORA, group_hash, held_out
 from sparsejax.nn.transformer import Transformer
 from sparsejax.train.metrics import read_metrics
@@ -160,13 +161,12 @@ def run(name: str, seed: int, more: list[str]) -> dict[str, Any]:
         "model": name,
         "seed": seed,
         "steps": steps,
-        "fingerprint": fingerprint_of(config, seed, flags),
         "recalled": recall(model, tokenizer, shown),
         "guessed": recall(model, tokenizer, hidden),
         "parameters_total": summary["parameters_total"],
         "useful_flops_per_token": summary["useful_flops_per_token"],
         "seconds": round(seconds, 1),
-    } | provenance()
+    }
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -225,21 +225,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=800)
     flags, more = parser.parse_known_args(argv)
     more = [f"--config.train.steps={flags.steps}", *more]
-    wanted = set()
+    wanted = {}
     for seed in range(flags.seeds):
         for name in flags.models:
             config, overrides = STUDY[name]
             mark = fingerprint_of(config, seed, [*COMMON, *overrides, *more])
-            wanted.add(mark)
-            if mark not in {row["fingerprint"] for row in read_rows("facts")}:
-                row = run(name, seed, more)
-                write_rows("facts", [*read_rows("facts"), row])
-    rows = read_rows("facts")
-    lines = summary(row for row in rows if row["fingerprint"] in wanted)
+            wanted[mark] = partial(run, name, seed, more)
+    lines = summary(completed("facts", wanted))
     with style():
         figure = Figure(figsize=(6, 4))
         draw(figure.subplots(), lines)
-        path = write_rows("facts", rows).with_suffix(".png")
-        FigureCanvasAgg(figure).print_png(path)
+        FigureCanvasAgg(figure).print_png(result("facts.png"))
     sys.stdout.write(markdown(lines, COLUMNS) + "\n")
     return 0

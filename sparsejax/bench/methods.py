@@ -12,10 +12,11 @@ import argparse
 import json
 import runpy
 import sys
+from functools import partial
 from typing import Any
 
-from sparsejax.bench.runs import fingerprint_of, trained
-from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
+from sparsejax.bench.runs import completed, fingerprint_of, trained
+from sparsejax.bench.table import ROOT, markdown
 from sparsejax.train.metrics import read_metrics
 
 SMALL = (
@@ -47,11 +48,9 @@ def run(method: str, more: list[str]) -> dict[str, Any]:
         summary = json.loads((workdir / "summary.json").read_text())
         last = read_metrics(workdir)[-1]
     row = {"method": method, "steps": last["step"]}
-    row["fingerprint"] = fingerprint_of(f"masked:{method}", 0, flags)
     row |= {"loss": round(last["loss"], 4), "eval_loss": round(summary["eval/loss"], 4)}
     row |= {"density": round(last["masked/density"], 4)}
-    row |= {"nonzero": summary["parameters_nonzero"]}
-    return row | provenance()
+    return row | {"nonzero": summary["parameters_nonzero"]}
 
 
 def main(argv: list[str]) -> int:
@@ -60,13 +59,11 @@ def main(argv: list[str]) -> int:
     names = methods()
     parser.add_argument("--methods", nargs="+", default=names, choices=names)
     flags, more = parser.parse_known_args(argv)
-    wanted = {}
-    for method in flags.methods:
-        mark = fingerprint_of(f"masked:{method}", 0, [*SMALL, *more])
-        wanted[mark] = method
-        if mark not in {row["fingerprint"] for row in read_rows("methods")}:
-            row = run(method, more)
-            write_rows("methods", [*read_rows("methods"), row])
-    rows = [row for row in read_rows("methods") if row["fingerprint"] in wanted]
-    sys.stdout.write(markdown(rows, COLUMNS) + "\n")
+    wanted = {
+        fingerprint_of(f"masked:{method}", 0, [*SMALL, *more]): partial(
+            run, method, more
+        )
+        for method in flags.methods
+    }
+    sys.stdout.write(markdown(completed("methods", wanted), COLUMNS) + "\n")
     return 0

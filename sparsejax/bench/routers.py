@@ -15,13 +15,14 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from sparsejax.bench.equivalence import tost
-from sparsejax.bench.runs import fingerprint_of, trained
-from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
+from sparsejax.bench.runs import completed, fingerprint_of, trained
+from sparsejax.bench.table import markdown
 from sparsejax.train.metrics import read_metrics
 
 FFN = "--config.model.ffn"
@@ -73,12 +74,11 @@ def run(router: str, seed: int, more: list[str]) -> dict[str, Any]:
         summary = json.loads((workdir / "summary.json").read_text())
         logged = read_metrics(workdir)
     row = {"router": router, "seed": seed, "steps": logged[-1]["step"]}
-    row["fingerprint"] = fingerprint_of("moe", seed, flags)
     row["eval_loss"] = summary["eval/loss"]
     row["parameters_total"] = summary["parameters_total"]
     for name in ("load_violation", "load_deviation", "dead_experts"):
         row[name] = float(np.mean([x[f"moe/{name}"] for x in logged[-LATE:]]))
-    return row | provenance()
+    return row
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -109,15 +109,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--routers", nargs="+", default=sorted(STUDY), choices=STUDY)
     flags, more = parser.parse_known_args(argv)
-    wanted = set()
-    for seed in range(flags.seeds):
-        for router in flags.routers:
-            mark = fingerprint_of("moe", seed, [*overrides_of(router), *more])
-            wanted.add(mark)
-            rows = read_rows("routers")
-            if mark not in {row["fingerprint"] for row in rows}:
-                row = run(router, seed, more)
-                write_rows("routers", [*read_rows("routers"), row])
-    rows = [row for row in read_rows("routers") if row["fingerprint"] in wanted]
-    sys.stdout.write(markdown(summary(rows), COLUMNS) + "\n")
+    wanted = {
+        fingerprint_of("moe", seed, [*overrides_of(router), *more]): partial(
+            run, router, seed, more
+        )
+        for seed in range(flags.seeds)
+        for router in flags.routers
+    }
+    lines = summary(completed("routers", wanted))
+    sys.stdout.write(markdown(lines, COLUMNS) + "\n")
     return 0

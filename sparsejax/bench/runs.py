@@ -1,17 +1,18 @@
-"""Runs of whole configs that a study is made of: each in a process of its own."""
+"""Studies: runs of whole configs, each in a process of its own; rows that are kept."""
 
 import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from sparsejax.bench.table import ROOT
+from sparsejax.bench.table import ROOT, provenance, read_rows, write_rows
 from sparsejax.config import convert, fingerprint, override, read
 from sparsejax.train.config import Config
 
-__all__ = ["fingerprint_of", "trained"]
+__all__ = ["completed", "fingerprint_of", "trained"]
 
 
 @contextlib.contextmanager
@@ -38,3 +39,22 @@ def fingerprint_of(name: str, seed: int, overrides: Sequence[str]) -> str:
         path, _, text = flag.removeprefix("--config.").partition("=")
         override(Config, values, path, text)
     return fingerprint(convert(Config, values))
+
+
+def completed(
+    name: str, wanted: Mapping[str, Callable[[], Mapping[str, Any]]]
+) -> list[dict[str, str]]:
+    """Make the rows that ``results/NAME.csv`` lacks; give those that are wanted.
+
+    A row that is there is not made again, so that a study can be made in pieces, and
+    by several processes at once.
+
+    Args:
+        name: of the study.
+        wanted: what makes each row, by the fingerprint of its config.
+    """
+    for mark, make in wanted.items():
+        if mark not in {row["fingerprint"] for row in read_rows(name)}:
+            row = {**make(), "fingerprint": mark, **provenance()}
+            write_rows(name, [*read_rows(name), row])  # others may have written
+    return [row for row in read_rows(name) if row["fingerprint"] in wanted]

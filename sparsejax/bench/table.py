@@ -59,9 +59,14 @@ def processor() -> str:
     return next(names, platform.machine())
 
 
+def result(file: str) -> Path:
+    """Give where a file of that name lies among the results."""
+    return RESULTS / file
+
+
 def read_rows(name: str) -> list[dict[str, str]]:
     """Read ``results/NAME.csv``; no rows if there is no such file."""
-    path = RESULTS / f"{name}.csv"
+    path = result(f"{name}.csv")
     if not path.exists():
         return []
     with path.open(newline="") as file:
@@ -73,7 +78,7 @@ def write_rows(name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
     rows = list(rows)
     columns = list(dict.fromkeys(key for row in rows for key in row))
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+    path = result(f"{name}.csv")
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()

@@ -91,9 +91,7 @@ def test_a_study_goes_on_where_it_was_and_draws(tmp_path, monkeypatch, capsys):
 
     def run(name, seed, more):
         ran.append((name, seed))
-        config, overrides = STUDY[name]
-        mark = facts.fingerprint_of(config, seed, [*COMMON, *overrides, *more])
-        row = {"model": name, "seed": seed, "fingerprint": mark, "guessed": 0.05}
+        row = {"model": name, "seed": seed, "guessed": 0.05}
         row["recalled"] = 0.5 + 0.1 * seed + 0.2 * (name == "dense")
         return row | {"parameters_total": 1000, "useful_flops_per_token": 10**6}
 
