@@ -51,6 +51,7 @@ class Blocked:
     whole: Any  # [*stack] whether dead blocks get a gradient; None if never
     capacity: int  # live blocks of a matrix, at most
     axes: str = ""  # letters of the matrix, for a mesh to cut it
+    __array_ufunc__ = None  # arrays of NumPy ask __rmatmul__ too
 
     def __getitem__(self, index: Any) -> "Blocked":
         """Give itself for ``w[...]``, as a parameter's value is asked for."""
@@ -75,13 +76,13 @@ class Blocked:
         """Cast the weights."""
         return replace(self, weight=self.weight.astype(dtype))
 
-    def __rmatmul__(self, x: Array) -> Array:
+    def __rmatmul__(self, x: Any) -> Array:
         """Multiply rows by the live blocks; under a mesh each device has its own.
 
         Raises:
             ValueError: if the mesh cuts through blocks.
         """
-        operands = self.weight, self.live, self.whole
+        x, operands = jnp.asarray(x), (self.weight, self.live, self.whole)
         letters = self.axes.split()
         if not letters or x.ndim != 3:
             return self._product(x, *operands)

@@ -46,6 +46,7 @@ class FanIn:
     values: Any  # [*stack k f]
     inputs: Any  # [*stack k f]
     width: int  # d
+    __array_ufunc__ = None  # arrays of NumPy ask __rmatmul__ too
 
     @classmethod
     def from_dense(cls, w: Float[Array, "*stack d f"], *, k: int | None = None) -> Any:
@@ -102,9 +103,9 @@ class FanIn:
         outputs = jnp.arange(self.shape[-1])[None]
         return zeros.at[self.inputs.astype("int32"), outputs].add(self.values)
 
-    def __rmatmul__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows f"]:
+    def __rmatmul__(self, x: Any) -> Float[Array, "*rows f"]:
         """Multiply rows; sums are those of float32."""
-        rows = x.reshape(-1, self.width)
+        rows = jnp.asarray(x).reshape(-1, self.width)
         if rows.shape[0] > FEW:
             y = rows @ self.to_dense()
         else:

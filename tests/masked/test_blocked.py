@@ -236,6 +236,7 @@ def test_a_weight_of_blocks_only_multiplies(key):
     (x, w, _), _ = operands(key, SOME)
     blocked = Blocked(w, jnp.asarray(SOME), None, 2)
     assert blocked[...] is blocked
+    np.testing.assert_allclose(np.asarray(x) @ blocked, x @ w, rtol=1e-5, atol=1e-5)
     assert (blocked.shape, blocked.dtype) == (w.shape, w.dtype)
     with pytest.raises(TypeError, match="which only multiplies"):
         blocked[0]

@@ -80,6 +80,7 @@ def test_inputs_that_no_output_has_are_not_read():
     w = FanIn.from_dense(jnp.zeros((4, 2)).at[1].set(2.0))
     x = jnp.array([[jnp.nan, 3.0, jnp.nan, jnp.nan]])
     np.testing.assert_array_equal(x @ w, [[6.0, 6.0]])
+    np.testing.assert_array_equal(np.asarray(x) @ w, [[6.0, 6.0]])
 
 
 def test_sums_of_short_floats_are_long(key):
