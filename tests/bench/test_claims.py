@@ -54,6 +54,24 @@ def test_a_verdict_is_what_the_interval_allows(mean, half, margin, verdict):
     assert claims.Found("claim", mean, half, "points", margin).verdict == verdict
 
 
+def test_claims_are_tested_seed_by_seed_where_there_are_two(key):
+    rows = {name: {} for name in claims.settings(RATES)}
+    assert list(claims.findings(rows)) == []
+    for name, accuracy in (("rigl", 0.97), ("set", 0.95)):
+        rows[f"{name}, 5%, digits"] = {
+            seed: {"task": "digits", "accuracy": str(accuracy + 0.01 * seed)}
+            for seed in range(3)
+        }
+        rows[f"{name}, 5%, bytes"] = {
+            seed: {"task": "bytes", "loss": str(3 - accuracy)} for seed in range(3)
+        }
+    digits, text = claims.findings(rows)
+    assert digits.claim == "`rigl` above `set`, 5%, digits"
+    assert digits.mean == pytest.approx(2.0)
+    assert text.mean == pytest.approx(100 * (2.05 / 2.03 - 1))
+    assert {digits.verdict, text.verdict} == {"holds"}
+
+
 def test_a_run_counts_its_weights_and_is_a_function_of_its_key():
     plan = claims.settings(RATES)["sr_ste, 1:8, digits"].masked
     run = Run(task="digits", hidden=16, steps=3, learning_rate=1e-2, masked=plan)
