@@ -16,7 +16,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -103,28 +103,44 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if there is no such file, it fails, or it returns something else.
     """
+
+    def values(module: Any, *given: str) -> dict[str, Any] | None:
+        config = module.get_config(*given)
+        return config.to_dict() if isinstance(config, ConfigDict) else None
+
+    if (found := run(path, values)) is None:
+        raise ConfigError(f"--config={path}: get_config() must return a ConfigDict")
+    return found
+
+
+def run(path: str | Path, take: Callable[..., Any]) -> Any:
+    """Run a Python file; give what is taken from the module that it makes.
+
+    Args:
+        path: of the file; ``path:name`` hands the name on to ``take``.
+        take: called with the module.
+
+    Raises:
+        ConfigError: if there is no such file, or it or the taking fails.
+    """
     text, *given = str(path).rsplit(":", 1) if ".py:" in str(path) else [str(path)]
-    path = Path(text)
-    if not path.is_file():
-        known = [str(f) for f in path.parent.glob("*.py")]
-        raise ConfigError(f"--config={path}: no such file{near(str(path), known)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    file = Path(text)
+    if not file.is_file():
+        known = [str(f) for f in file.parent.glob("*.py")]
+        raise ConfigError(f"--config={file}: no such file{near(text, known)}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: not a Python file")
+        raise ConfigError(f"--config={file}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(*given)
-        values = config.to_dict() if isinstance(config, ConfigDict) else None
+        return take(module, *given)
     except ConfigError:
         raise
     except FieldError as error:
-        raise ConfigError(f"--config={path}:{':'.join(given)}: {error}") from None
+        raise ConfigError(f"--config={path}: {error}") from None
     except Exception as error:
         raise ConfigError(f"--config={path}: {type(error).__name__}: {error}") from None
-    if values is None:
-        raise ConfigError(f"--config={path}: get_config() must return a ConfigDict")
-    return values
 
 
 def to_dict(config: Any) -> dict[str, Any]:

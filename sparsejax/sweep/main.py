@@ -11,7 +11,6 @@ resumes from its checkpoint, in ``runs/sweeps/NAME/FINGERPRINT``.
 import argparse
 import contextlib
 import fcntl
-import importlib.util
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.bench.table import RESULTS, ROOT
-from sparsejax.config import ConfigError, near
+from sparsejax.config import ConfigError, near, run
 from sparsejax.sweep.engines import ENGINES, Options, write_slurm
 from sparsejax.sweep.grid import Point, Sweep, planned_cost, points
 from sparsejax.sweep.jobs import ENTRY, Job, JobError, finished_row
@@ -54,21 +53,7 @@ def read_sweep(path: str | Path) -> Sweep:
     Raises:
         ConfigError: if there is no such file, it fails, or it returns something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = [str(f) for f in path.parent.glob("*.py")]
-        raise ConfigError(f"--config={path}: no such file{near(str(path), known)}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"--config={path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        sweep = module.get_sweep()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"--config={path}: {type(error).__name__}: {error}") from None
+    sweep = run(path, lambda module: module.get_sweep())
     if not isinstance(sweep, Sweep):
         raise ConfigError(f"--config={path}: get_sweep() must return a Sweep")
     return sweep
