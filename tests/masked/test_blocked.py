@@ -165,7 +165,7 @@ def feed_forward(live_in, live_out):
     def run(params, x):
         def loss(params, x):
             up = Blocked(params[0], live_in, jnp.array(False), 4, "d f")
-            down = Blocked(params[1], live_out, jnp.array(False), 4, "f d")
+            down = Blocked(params[1], live_out, None, 4, "f d")
             return jnp.sum(jnp.sin(jnp.tanh(x @ up) @ down))
 
         return jax.value_and_grad(loss, (0, 1))(params, x)
