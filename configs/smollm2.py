@@ -22,7 +22,7 @@ DATA = {
         "data": SHORT,
         "model": {"attention": {"block_q": 64, "block_kv": 64}},
         "optim": {"learning_rate": 5e-5, "warmup": 5},
-        "train": {"steps": 30, "log_every": 5, "eval_every": 10, "loss_chunk": 64},
+        "train": {"steps": 20, "eval_every": 10, "save_every": 20, "loss_chunk": 64},
     },
 }
 

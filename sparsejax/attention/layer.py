@@ -7,6 +7,7 @@ added; without one it sees only the tokens it is given. The mixer is the config'
 pattern's, or that of a method in ``selectors``.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -26,10 +27,13 @@ __all__ = ["Attention", "Cache", "empty_cache"]
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens so far, in front of room for more."""
+    """Keys and values of the tokens so far, in front of room for more.
 
-    keys: Float[Array, "b s g c"]
-    values: Float[Array, "b s g c"]
+    Heads come first: a product of one query with all keys then moves nothing.
+    """
+
+    keys: Float[Array, "b g s c"]
+    values: Float[Array, "b g s c"]
     length: Int[Array, ""]  # how many are filled
     features: dict[str, Array] = {}  # noqa: RUF012  what the mixer keeps, "b s …"
     recent: Any = None  # raw keys "b w g c" that a convolution still needs
@@ -42,21 +46,24 @@ class Cache(NamedTuple):
 
         A multiple of the layer's ``block_kv`` spares a copy at every step.
         """
-        zeros = jnp.zeros((batch, capacity, kv_heads, head_width), dtype)
+        zeros = jnp.zeros((batch, kv_heads, capacity, head_width), dtype)
         return cls(zeros, zeros, jnp.zeros((), "int32"))
 
     def extended(
         self, keys: Array, values: Array, features: dict[str, Array]
     ) -> "Cache":
-        """Add tokens; the caller sees to it that they fit."""
+        """Add tokens, "b t g c"; the caller sees to it that they fit."""
 
-        def put(old: Array, fresh: Array) -> Array:
+        def put(axis: int, old: Array, fresh: Array) -> Array:
             fresh = fresh.astype(old.dtype)
-            return jax.lax.dynamic_update_slice_in_dim(old, fresh, self.length, axis=1)
+            place = jax.lax.dynamic_update_slice_in_dim
+            return place(old, fresh, self.length, axis=axis)
 
         tokens = keys.shape[1]
-        old = self.keys, self.values, self.features
-        keys, values, features = jax.tree.map(put, old, (keys, values, features))
+        keys = put(2, self.keys, keys.swapaxes(1, 2))
+        values = put(2, self.values, values.swapaxes(1, 2))
+        along = functools.partial(put, 1)
+        features = jax.tree.map(along, self.features, features)
         length = self.length + tokens
         return self._replace(keys=keys, values=values, length=length, features=features)
 
@@ -150,7 +157,9 @@ class Attention(nnx.Module):
             _check_cache(cache, x.shape[1], segments, self.config)
             offset, cache = cache.length, cache.extended(k, v, features)
             cache = cache._replace(recent=recent)
-            k, v = cache.keys.astype(x.dtype), cache.values.astype(x.dtype)
+            k, v = (
+                a.swapaxes(1, 2).astype(x.dtype) for a in (cache.keys, cache.values)
+            )
             context = context._replace(
                 q_offset=offset, features=cache.features, cached=True
             )
@@ -158,7 +167,8 @@ class Attention(nnx.Module):
         values = mixed.values
         if cache is not None:
             values = jnp.where(cache.length <= k.shape[1], values, jnp.nan)
-        out = jnp.einsum("bthc,hcd->btd", values, self.out[...].astype(x.dtype))
+        # Not einsum: it sums over c before h, for which XLA would move the weights.
+        out = jnp.tensordot(values, self.out[...].astype(x.dtype), axes=2)
         if self.config.out_bias:
             out = out + self.out_bias[...].astype(x.dtype)[None, None]
         return Output(out, mixed.losses, mixed.metrics), cache
@@ -228,7 +238,7 @@ def _check_cache(
     if not config.is_causal:
         what = config.selector or config.pattern
         raise ValueError(f"{what!r} reads the future, which a cache does not have")
-    capacity = cache.keys.shape[1]
+    capacity = cache.keys.shape[2]
     known = 0 if isinstance(cache.length, Tracer) else int(cache.length)
     if known + tokens > capacity:
         raise ValueError(

@@ -1,7 +1,8 @@
 """Attention over live blocks in plain XLA, written to be fast on a CPU.
 
 No score matrix exists, the time follows the listed keys, and the backward pass adds dK
-and dV in place. Three paths, by the mask's blocks: usually every row has its list
+and dV in place. (One query has a row of scores, and is best served with all keys where
+they lie.) Three paths, by the mask's blocks: usually every row has its list
 ``walked``, some blocks at a step, with an online softmax. Where every query has a list
 of its own, ``key_major`` makes tiles of the queries that read the same block. Where
 blocks are single keys or nearly so, or the queries few, ``gathered`` fetches each row's
@@ -17,6 +18,7 @@ import jax
 from sparsejax.attention import gathered, key_major, walked
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
+from sparsejax.attention.reference import reference
 from sparsejax.attention.restrict import restrict
 from sparsejax.attention.rows import Inputs, Score, alike, gradients
 from sparsejax.typing import Array, Float
@@ -41,6 +43,9 @@ def xla(
     bias: Float[Array, "b g s"] | None = None,
 ) -> Attended:
     """Softmax over the live blocks; values come back in float32."""
+    if mask.q_len == 1 and mask.ids.shape[-1] == mask.grid.columns:
+        more = {"segments": segments, "bias": bias}
+        return reference(q, k, v, mask, scale=scale, softcap=softcap, **more)
     if segments is not None:
         mask = restrict(mask, segments)
     mask = suited(mask)

@@ -1,5 +1,6 @@
 """The decoder-only Transformer: tokens in, logits, losses, metrics and caches out."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from sparsejax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
 __all__ = ["Hidden", "Transformer"]
 
+FEW = 16  # tokens for which it is the table that must not be moved
 VOCABULARY_MULTIPLE = 64  # so that the table can be cut along any usual mesh axis
 
 
@@ -102,9 +104,14 @@ class Transformer(nnx.Module):
 
     def logits(self, x: Float[Array, "b t d"]) -> Float[Array, "b t v"]:
         """Score every token of the (padded) vocabulary; padding scores -inf."""
-        table = self.embedding[...].T if self.config.tied else self.unembedding[...]
-        table = constrain(table, "d v").astype(x.dtype)
-        scores = jnp.einsum("btd,dv->btv", x, table, preferred_element_type=jnp.float32)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        if self.config.tied and x.shape[0] * x.shape[1] <= FEW:
+            table = constrain(self.embedding[...], "v d").astype(x.dtype)
+            scores = product("vd,btd->vbt", table, x).transpose(1, 2, 0)
+        else:
+            table = self.embedding[...].T if self.config.tied else self.unembedding[...]
+            table = constrain(table, "d v").astype(x.dtype)
+            scores = product("btd,dv->btv", x, table)
         real = jnp.arange(scores.shape[-1]) < self.vocabulary
         scores = jnp.where(real[None, None], scores, -jnp.inf)
         return constrain(scores, "b t v")
