@@ -76,20 +76,35 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def frontier(axes: Axes, rows: list[dict[str, str]]) -> Axes:
-    """Draw held-out loss against useful FLOPs; bars span the seeds."""
+    """Draw held-out loss against useful FLOPs; bars span the seeds, dots are means.
+
+    The dotted line is the dense model's mean. A name stands above its bar, or below it
+    where a higher bar is beside it.
+    """
     groups = defaultdict(list)
     for row in rows:
-        groups[row["config"]].append(row)
-    for name, group in groups.items():
-        bits = [float(row["bits_per_byte"]) for row in group]
-        flops = float(group[0]["useful_flops_per_token"]) / 1e6
-        mean = statistics.mean(bits)
+        flops = float(row["useful_flops_per_token"]) / 1e6
+        groups[row["config"], flops].append(float(row["bits_per_byte"]))
+    means = {key: statistics.mean(bits) for key, bits in groups.items()}
+    places = [flops for _, flops in groups]
+    beside = 0.1 * (max(places) - min(places))
+    for (name, flops), bits in groups.items():
+        mean = means[name, flops]
         error = [[mean - min(bits)], [max(bits) - mean]]
         axes.errorbar([flops], [mean], error, fmt="o", capsize=4)
+        higher = (m > mean and abs(x - flops) < beside for (_, x), m in means.items())
+        below = any(higher)
         axes.annotate(
-            f" {name}", (flops, mean), xytext=(6, 4), textcoords="offset points"
+            name,
+            (flops, min(bits) if below else max(bits)),
+            xytext=(0, -5 if below else 5),
+            textcoords="offset points",
+            ha="center",
+            va="top" if below else "bottom",
         )
-    axes.margins(x=0.2, y=0.15)
+        if name == CONFIGS[0]:
+            axes.axhline(mean, color="#333333", linewidth=0.8, linestyle=":")
+    axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("useful FLOPs of a training step, a token (millions)")
     axes.set_ylabel("held-out bits per byte")
     return axes
