@@ -5,7 +5,9 @@
 ``lookup`` rows find 16 of the slots for 4 heads of 2048 tokens; time should grow with
 the root of the slots, and the fitted exponent is a row. ``step`` rows take a step of a
 PEER layer, forward, backward and Adam, on 2048 tokens of width 256, each of which runs
-128 experts: once with its tables trained by rows and once with dense gradients.
+128 experts: once with its tables trained by rows and once with dense gradients. What
+a table's size costs by itself is seen where the experts are given, equally many of any
+table, spread over it: ``step, rows given``.
 ``growth`` is a time over that of the fewest slots, the two in turns; ``peak`` is what
 XLA sets aside for a step, over the bytes of parameters and moments.
 """
@@ -26,9 +28,10 @@ from flax import nnx
 from sparsejax.bench.attention import race, ratio
 from sparsejax.bench.table import markdown, provenance, write_rows
 from sparsejax.memory import PEER, PEERConfig, product_key_top_k
+from sparsejax.memory.peer import single_neurons
 from sparsejax.train.optim import OptimConfig, make_optimizer
 from sparsejax.train.tables import Tables, split
-from sparsejax.typing import Array, PyTree
+from sparsejax.typing import Array, Float, Output, PyTree
 
 TOKENS, WIDTH, HEADS, PER_HEAD = 2048, 256, 8, 16  # of the layer
 LOOKUP = {"heads": 4, "key_width": 256, "k": 16}
@@ -62,10 +65,32 @@ def lookup(slots: int) -> Runner:
     return lambda: jax.block_until_ready(run(queries, halves))
 
 
-def step(slots: int, training: str) -> Step:
-    """A step of a PEER layer whose state is donated, as in training."""
+class Given(nnx.Module):
+    """The experts of a PEER layer that are given: of any table equally many, evenly."""
+
+    def __init__(self, layer: PEER, distinct: int) -> None:
+        self.down, self.up = layer.down, layer.up
+        self.distinct, self.spacing = distinct, layer.config.slots // distinct
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Output:
+        """Run them, with equal weights."""
+        shape = TOKENS, HEADS * PER_HEAD
+        ids = np.random.default_rng(0).integers(0, self.distinct, shape, np.int32)
+        ids, weights = jnp.asarray(ids * self.spacing), jnp.ones(shape)
+        y = single_neurons(x[0], self.down[...], self.up[...], ids, weights)
+        return Output(y[None], {}, {})
+
+
+def step(slots: int, training: str, distinct: int | None = None) -> Step:
+    """A step of a PEER layer whose state is donated, as in training.
+
+    Args:
+        distinct: rows that are read, if not those that the layer's lookup finds.
+    """
     config = PEERConfig(sub_keys=math.isqrt(slots), heads=HEADS, per_head=PER_HEAD)
-    graph, params = nnx.split(PEER(config, WIDTH, rngs=nnx.Rngs(0)))
+    layer = PEER(config, WIDTH, rngs=nnx.Rngs(0))
+    model = layer if distinct is None else Given(layer, distinct)
+    graph, params = nnx.split(model)
     make, tables = TRAININGS[training]
     optim = OptimConfig(learning_rate=1e-3, schedule="constant", tables=tables)
     state, train = make(graph, params, optim)
@@ -145,16 +170,18 @@ def lookups(slots: list[int], pace: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def steps(
-    slots: list[int], training: str, pace: dict[str, Any]
+    slots: list[int], training: str, pace: dict[str, Any], *, given: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Time steps of few and many slots in turns."""
-    made = {str(n): step(n, training) for n in slots}
+    """Time steps of few and many slots in turns; ``given`` rows are as many for all."""
+    distinct = min(slots) if given else None
+    made = {str(n): step(n, training, distinct) for n in slots}
     times = race({name: x.run for name, x in made.items()}, **pace)
     for n in slots:
         seconds = statistics.median(times[str(n)])
         found = shown(seconds, ratio(times, str(n), str(slots[0])))
         found |= {"training": training, "peak": f"{made[str(n)].peak:.2f}"}
-        yield {"work": "step", "slots": n, **found}
+        work = "step, rows given" if given else "step"
+        yield {"work": work, "slots": n, **found}
 
 
 def shown(seconds: float, growth: float) -> dict[str, str]:
@@ -177,6 +204,7 @@ def main(argv: list[str]) -> int:
     for found in (
         lookups(flags.lookups, pace),
         steps(flags.slots, "rows", pace),
+        steps(flags.slots, "rows", pace, given=True),
         steps(flags.slots, "dense", pace),
     ):
         rows += [blank | row | about for row in found]
