@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sparsejax.bench import comparison, selectors
+from sparsejax.bench import claims, comparison, selectors
 from sparsejax.bench.table import read_rows
 from tests.sources import ROOT
 
@@ -13,7 +13,11 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MARKED = r"<!-- from results/(\w+)\.csv -->\n\n(.*?)\n\n<!-- end -->"
 NUMBER = r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])"
 # Tables that sum rows up have the function that writes them; in others a line is a row.
-SUMMARIES = {"comparison": comparison.table, "selectors": selectors.summary}
+SUMMARIES = {
+    "claims": claims.table,
+    "comparison": comparison.table,
+    "selectors": selectors.summary,
+}
 
 
 def marked():

@@ -106,7 +106,7 @@ def test_the_study_goes_on_where_it_was(tmp_path, monkeypatch):
     for seed in (0, 1, 0, 1, 2):
         claims.measured("dense", run, seed, train)
     assert len(ran) == 3
-    rows = claims.by_setting({"dense": run}, range(3))
+    rows = claims.by_setting(claims.read_rows("claims"), {"dense": run}, range(3))
     (line,) = claims.summary(rows)
     assert line["accuracy"] == "90 ± 0"
     assert (line["weights"], line["average"]) == ("10", "12")
