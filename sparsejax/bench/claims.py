@@ -275,10 +275,11 @@ def by_setting(
 ) -> Rows:
     """Find the rows of these runs and seeds, whatever they were called then."""
     known = {row["fingerprint"]: row for row in rows}
-    return {
-        name: {s: known[mark(run, s)] for s in seeds if mark(run, s) in known}
-        for name, run in runs.items()
-    }
+    found = {}
+    for name, run in runs.items():
+        of = f"{fingerprint(run)}-"
+        found[name] = {s: known[f"{of}{s}"] for s in seeds if f"{of}{s}" in known}
+    return found
 
 
 def table(rows: Sequence[Mapping[str, str]]) -> str:
