@@ -27,10 +27,8 @@ class LayerCost(NamedTuple):
     """Costs of one parameter, summed over the layers that it stacks.
 
     >>> mask = LayerCost("up", (64, 64), 1, 4096, 409, 16384, 2148, 818.0, 8192.0)
-    >>> mask.speedup
-    Traceback (most recent call last):
-    ...
-    ValueError: up: a mask is no speed-up: all 8192 FLOPs of the dense product are ...
+    >>> mask.useful_flops / mask.executed_flops < 0.1  # and yet no faster
+    True
     """
 
     path: str
