@@ -116,9 +116,9 @@ def look(
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    about = positions, segments
-    positions, segments = (None if x is None else jnp.asarray(x) for x in about)
-    x, found = model.embed(jnp.asarray(tokens)), []
+    tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
+    segments = None if segments is None else jnp.asarray(segments)
+    x, found = model.embed(tokens), []
     for block in _blocks(model):
         mixed, _ = block.attention(
             block.attention_norm(x), positions=positions, segments=segments, cache=None
