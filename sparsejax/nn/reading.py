@@ -23,6 +23,8 @@ from sparsejax.nn.blocks import Block, GatedFeedForward
 from sparsejax.nn.transformer import Transformer
 from sparsejax.typing import Array, Bool, Float, Int, PyTree
 
+Tokens = Int[Array | np.ndarray, "b t"]  # of batches as the data gives them
+
 __all__ = ["Look", "Reading", "first_choices", "look", "read", "values_of"]
 
 
@@ -103,10 +105,10 @@ MEMORIES: dict[type, Memory] = {
 
 def look(
     model: Transformer,
-    tokens: Int[Array, "b t"],
+    tokens: Tokens,
     *,
-    segments: Int[Array, "b t"] | None = None,
-    positions: Int[Array, "b t"] | None = None,
+    segments: Tokens | None = None,
+    positions: Tokens | None = None,
 ) -> list[Look]:
     """Run a model and give what each layer did; it can be jitted.
 
@@ -157,7 +159,7 @@ def first_choices(
 
 def read(
     model: Transformer,
-    batches: Iterable[tuple[Array, Array, Array]],
+    batches: Iterable[tuple[Tokens, Tokens, Tokens]],
     *,
     top: int = 25,
     normed: bool = False,
@@ -201,7 +203,7 @@ def _step(
     said: Sequence[Array],
     triggers: Sequence[Triggers],
     start: Array,
-    batch: tuple[Array, Array, Array],
+    batch: tuple[Tokens, Tokens, Tokens],
     normed: bool,
 ) -> tuple[list[Triggers], Any, Int[Array, " n"]]:
     """Take in one batch: longer triggers, sums over its tokens, and their next ones."""
