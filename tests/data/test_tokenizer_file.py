@@ -77,7 +77,7 @@ def test_specials_are_those_that_the_file_beside_names():
     assert tokenizer.pad == 1
     assert tokenizer.ends == {0, 1}
     assert tokenizer.token_bytes[[0, 1]].tolist() == [0, 0]
-    assert tokenizer.decode([0, *tokenizer.encode("cat"), 1]) == "cat"
+    assert tokenizer.decode([0, *tokenizer.encode("cat").tolist(), 1]) == "cat"
 
 
 def test_a_model_may_have_more_ids_than_the_file_and_not_fewer():
