@@ -8,7 +8,7 @@ layers share one compiled program, and a cache is overwritten in place.
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,22 +23,6 @@ from sparsejax.typing import Array, Float, Int, PyTree
 __all__ = ["Decoder", "Whole"]
 
 
-class _Part(NamedTuple):
-    """A module, split: what it is, and its arrays."""
-
-    graph: Any
-    state: PyTree
-
-    def run(self, function: Callable[..., Any], *rest: Any, spent: Any = None) -> Any:
-        """Call ``function(module, *rest)``, compiled once for all equal modules.
-
-        Args:
-            spent: its keyword of this name, whose memory becomes that of the result.
-        """
-        given = {} if spent is None else {"spent": spent}
-        return _compiled(function, self.graph)(self.state, *rest, **given)
-
-
 class Decoder:
     """A Transformer's layers, one by one. Nothing in it is trained."""
 
@@ -47,7 +31,7 @@ class Decoder:
         self.config = model.config
         shell = nnx.merge(*nnx.split(model))
         shell.stacks = nnx.List([])
-        self.shell = _Part(*nnx.split(shell))
+        self.shell = shell
         self.model, self.layers = model, [*_layers(model)]
 
     def empty_caches(self, batch: int, capacity: int) -> list[Cache]:
@@ -74,12 +58,12 @@ class Decoder:
             caches: are gone after the call.
             previous: the id before each row's first, where there is one.
         """
-        x, context = self.shell.run(_enter, tokens, caches[0].length, previous)
+        x, context = _run(_enter, self.shell, tokens, caches[0].length, previous)
         filled = []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, longer = layer.run(_layer, x, context, spent=cache)
+            x, longer = _run(_layer, layer, x, context, spent=cache)
             filled.append(longer)
-        return self.shell.run(_leave, x), filled
+        return _run(_leave, self.shell, x), filled
 
 
 class Whole:
@@ -111,13 +95,13 @@ def _whole(
     return model.logits(hidden.value[:, -1:])[:, 0], hidden.caches
 
 
-def _layers(model: Transformer) -> Iterator[_Part]:
+def _layers(model: Transformer) -> Iterator[Block]:
     """Cut every layer out of its stack."""
     for stack in model.stacks:
         members = [nnx.split(block) for block in stack.blocks]
         for n in range(stack.repeats):
             for graph, state in members:
-                yield _Part(graph, jax.tree.map(lambda x, n=n: _cut(x, n), state))
+                yield nnx.merge(graph, jax.tree.map(lambda x, n=n: _cut(x, n), state))
 
 
 def _cut(stack: Array, layer: int) -> Array:
@@ -128,14 +112,17 @@ def _cut(stack: Array, layer: int) -> Array:
     return jax.device_put(np.asarray(stack)[layer], device, may_alias=True)
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any], graph: Any) -> Callable[..., Any]:
-    """Compile a function of a module's arrays."""
+@functools.partial(jax.jit, static_argnums=0, donate_argnames="spent")
+def _run(
+    function: Callable[..., Any], module: nnx.Module, *rest: Any, spent: Any = None
+) -> Any:
+    """Call ``function(module, *rest)``, compiled once for all equal modules.
 
-    def run(state: PyTree, *rest: Any, **spent: Any) -> Any:
-        return function(nnx.merge(graph, state), *rest, **spent)
-
-    return jax.jit(run, donate_argnames="spent")
+    Args:
+        spent: a last argument, whose memory becomes that of the result.
+    """
+    given = () if spent is None else (spent,)
+    return function(module, *rest, *given)
 
 
 def _enter(
@@ -150,9 +137,9 @@ def _enter(
 
 
 def _layer(
-    block: Block, x: Array, context: dict[str, Any], *, spent: Cache
+    block: Block, x: Array, context: dict[str, Any], cache: Cache
 ) -> tuple[Array, Cache]:
-    output, longer = block(x, cache=spent, **context, key=None, reader=0)
+    output, longer = block(x, cache=cache, **context, key=None, reader=0)
     assert longer is not None  # as there was one
     return output.value, longer
 

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from sparsejax.attention import AttentionConfig
+from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
 from sparsejax.nn.decoder import Decoder, Whole
 from sparsejax.nn.generate import draw, generate, nucleus, stream
@@ -120,7 +121,11 @@ def test_more_tokens_than_the_model_is_made_for_are_refused(model):
 def test_layers_one_by_one_are_the_whole_model(model):
     window = {"pattern": "sliding_window", "arguments": {"window": 3}}
     attention = AttentionConfig(block_q=8, block_kv=8, dense_every=2, **window)
-    config = dataclasses.replace(model.config, depth=4, attention=attention)
+    changes = {
+        "attention": attention,
+        "ffn": MoEConfig(experts=4, per_token=2, hidden=16),
+    }
+    config = dataclasses.replace(model.config, depth=4, **changes)
     model = Transformer(config, VOCABULARY, rngs=nnx.Rngs(1))
     ids = jax.random.randint(jax.random.key(3), (2, 7), 0, VOCABULARY)
     found = []
@@ -139,7 +144,7 @@ def test_layers_one_by_one_are_the_whole_model(model):
 def test_a_decoder_holds_no_weights_of_its_own_and_overwrites_its_caches(model):
     decoder = Decoder(model)
     stack = model.stacks[0].blocks[0].ffn.down[...]
-    first = decoder.layers[0].state["ffn"]["down"].get_value()
+    first = decoder.layers[0].ffn.down[...]
     assert first.unsafe_buffer_pointer() == stack.unsafe_buffer_pointer()
     caches = decoder.empty_caches(2, 8)
     place = caches[1].keys.unsafe_buffer_pointer()
