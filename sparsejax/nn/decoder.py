@@ -7,6 +7,7 @@ layers share one compiled program, and a cache is overwritten in place.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,7 @@ from sparsejax.nn.blocks import Block
 from sparsejax.nn.transformer import Transformer, before
 from sparsejax.typing import Array, Float, Int, PyTree
 
-__all__ = ["Decoder", "Whole"]
+__all__ = ["Decoder", "Whole", "layers"]
 
 
 class Decoder:
@@ -32,7 +33,7 @@ class Decoder:
         shell = nnx.merge(*nnx.split(model))
         shell.stacks = nnx.List([])
         self.shell = shell
-        self.model, self.layers = model, [*_layers(model)]
+        self.model, self.layers = model, [*layers(model, _cut)]
 
     def empty_caches(self, batch: int, capacity: int) -> list[Cache]:
         """Give caches for ``capacity`` tokens, for every layer in its order."""
@@ -95,13 +96,19 @@ def _whole(
     return model.logits(hidden.value[:, -1:])[:, 0], hidden.caches
 
 
-def _layers(model: Transformer) -> Iterator[Block]:
-    """Cut every layer out of its stack."""
+def layers(
+    model: Transformer, cut: Callable[[Array, int], Array] = operator.getitem
+) -> Iterator[Block]:
+    """Give a model's layers one by one, in order, out of the stacks they lie in.
+
+    Args:
+        cut: takes one layer's array out of a stack of them.
+    """
     for stack in model.stacks:
         members = [nnx.split(block) for block in stack.blocks]
         for n in range(stack.repeats):
             for graph, state in members:
-                yield nnx.merge(graph, jax.tree.map(lambda x, n=n: _cut(x, n), state))
+                yield nnx.merge(graph, jax.tree.map(lambda x, n=n: cut(x, n), state))
 
 
 def _cut(stack: Array, layer: int) -> Array:

@@ -8,7 +8,7 @@
 which key, and whether its values say what came next.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from sparsejax.memory import PEER, ProductKeyMemory, row_products
 from sparsejax.memory.peer import ACTIVATIONS
 from sparsejax.memory.triggers import Triggers, agrees, composed, merged, no_triggers
 from sparsejax.nn.blocks import Block, GatedFeedForward
+from sparsejax.nn.decoder import layers
 from sparsejax.nn.transformer import Transformer
 from sparsejax.typing import Array, Bool, Float, Int, PyTree
 
@@ -121,7 +122,7 @@ def look(
     tokens, positions = jnp.asarray(tokens), jnp.asarray(positions)
     segments = None if segments is None else jnp.asarray(segments)
     x, found = model.embed(tokens), []
-    for block in _blocks(model):
+    for block in layers(model):
         mixed, _ = block.attention(
             block.attention_norm(x), positions=positions, segments=segments, cache=None
         )
@@ -139,8 +140,8 @@ def values_of(model: Transformer) -> list[Float[Array, "f d"]]:
     Raises:
         ValueError: as ``look`` does, and for memories whose values pass a gate.
     """
-    layers = map(_feed_forward, _blocks(model))
-    return [MEMORIES[type(layer)].values(layer) for layer in layers]
+    found = map(_feed_forward, layers(model))
+    return [MEMORIES[type(layer)].values(layer) for layer in found]
 
 
 def first_choices(
@@ -250,16 +251,6 @@ def _summed(
         shares = [float(x) for x in (asked.mean(), active, own, changed)]
         found.append(Reading(known, says, agreement, *shares))
     return found
-
-
-def _blocks(model: Transformer) -> Iterator[Block]:
-    """Give the layers one by one, in order, out of the stacks that scan over them."""
-    for stack in model.stacks:
-        graphs, states = zip(*map(nnx.split, stack.blocks), strict=True)
-        for repeat in range(stack.repeats):
-            for graph, state in zip(graphs, states, strict=True):
-                one = jax.tree.map(lambda x, at=repeat: x[at], state)
-                yield nnx.merge(graph, one)
 
 
 def _feed_forward(block: Block) -> Any:
