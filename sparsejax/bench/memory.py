@@ -76,7 +76,9 @@ class Given(nnx.Module):
         """Run them, with equal weights."""
         shape = TOKENS, HEADS * PER_HEAD
         ids = np.random.default_rng(0).integers(0, self.distinct, shape, np.int32)
-        ids, weights = jnp.asarray(ids * self.spacing), jnp.ones(shape)
+        # Without the barrier XLA sorts them while it compiles, and no step has to.
+        ids = jax.lax.optimization_barrier(jnp.asarray(ids * self.spacing))
+        weights = jnp.ones(shape)
         y = single_neurons(x[0], self.down[...], self.up[...], ids, weights)
         return Output(y[None], {}, {})
 

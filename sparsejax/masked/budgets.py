@@ -18,7 +18,7 @@ from sparsejax.masked.structures import best
 from sparsejax.masked.updaters import among
 from sparsejax.typing import Array, Bool, Float, Int
 
-__all__ = ["Budget", "budgets", "split"]
+__all__ = ["Budget", "begins_dense", "budgets", "split"]
 
 
 class Budget(NamedTuple):
@@ -47,11 +47,7 @@ def budgets(
             *(jnp.broadcast_to(x, target.stack) for x in (keep, moved))
         )
     allocation = masked.ALLOCATIONS[plan.allocation]
-    if (
-        isinstance(step, int)
-        and plan.initial == 1
-        and plan.schedule not in masked.STEADY
-    ):
+    if isinstance(step, int) and begins_dense(plan):
         return found  # everything is live: there is nothing to choose
     if allocation in masked.RANKED_BY:
         first = masked.CRITERIA[
@@ -63,6 +59,11 @@ def budgets(
         strength = masked.SHARED_BY[allocation]
         return _shared(active, found, masks, seen, (strength, fraction))
     return found
+
+
+def begins_dense(plan: MaskedConfig) -> bool:
+    """Tell whether every weight is live before the first step."""
+    return plan.initial == 1 and plan.schedule not in masked.STEADY
 
 
 def split(

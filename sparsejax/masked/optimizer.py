@@ -21,7 +21,7 @@ from flax import nnx
 from sparsejax import masked, tree
 from sparsejax.masked import kept as keeping
 from sparsejax.masked.blocked import multiplying
-from sparsejax.masked.budgets import budgets
+from sparsejax.masked.budgets import begins_dense, budgets
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.criteria import Evidence
 from sparsejax.masked.estimators import Now, straight_through
@@ -214,6 +214,9 @@ def _initial(
     measured: Measured | None,
 ) -> dict[str, Array]:
     arrays = tree.leaves(params)
+    if begins_dense(plan):  # and no program that chooses has to be compiled
+        full = {path: jnp.ones_like(arrays[path], bool) for path in found}
+        return {p: constrain(full[p], t.axes, PARAMETERS) for p, t in found.items()}
     given = [tree.leaves(x) for x in measured or ({}, {})]
     seen = {}
     for path, target in found.items():
