@@ -53,3 +53,18 @@ def few_maps():
 def key(request):
     """A random key of the test's own, the same in every run."""
     return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Leave all but ``few(n)`` of a test's cases, evenly chosen, to the slow run."""
+    groups = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            groups.setdefault((item.path, item.originalname), []).append(item)
+    for group in groups.values():
+        n = group[0].get_closest_marker("few").args[0]
+        kept = {round(i * (len(group) - 1) / max(n - 1, 1)) for i in range(n)}
+        for index, item in enumerate(group):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)

@@ -97,8 +97,8 @@ def test_a_config_traces_at_toy_size(name):
     assert metrics["loss"].shape == ()
 
 
-# Compiling is what takes the time: the one with every pillar, and one that selects.
-FEW = {"nsa", "quickstart"}
+# Compiling is what takes the time: the one with every pillar.
+FEW = {"quickstart"}
 
 
 @pytest.mark.parametrize("name", slowly(CONFIGS, but=FEW))

@@ -100,6 +100,7 @@ def test_a_tuple_of_patterns_gives_each_head_its_own():
         _ = mask.pattern
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("shape", [(21, 27), (3, 21, 27), (2, 3, 21, 27)])
 @pytest.mark.parametrize("xp", [np, jnp])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
@@ -205,6 +206,7 @@ def lists(seed, *, block_kv):
     return BlockMask.from_blocks(ids, count, **sizes, pattern=causal(), q_offset=9)
 
 
+@pytest.mark.few(2)
 @given(seed=st.integers(0, 99))
 @pytest.mark.parametrize(("fine", "coarse"), [(6, None), (6, 12), (1, None), (1, 6)])
 def test_coarser_blocks_show_the_same_elements(fine, coarse, seed):
@@ -218,6 +220,7 @@ def test_coarser_blocks_show_the_same_elements(fine, coarse, seed):
     np.testing.assert_array_equal(again.to_dense(), mask.to_dense())
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("block_kv", [None, 12])
 def test_coarser_blocks_keep_the_rule_of_elements(block_kv):
     live = np.random.default_rng(0).random((2, 21, 27)) < 0.2

@@ -201,6 +201,7 @@ def test_heads_may_be_wide(width, key):
     assert_same(attend(x, mask, "mosaic_gpu"), attend(x, mask, "reference"))
 
 
+@pytest.mark.slow
 @interpreted
 def test_gradients_of_wide_heads_equal_the_reference(key):
     mask = pattern_mask(causal(), 64, 64, 64, 64)
@@ -209,6 +210,7 @@ def test_gradients_of_wide_heads_equal_the_reference(key):
     assert_near(found, both(x, mask, implementation="reference"))
 
 
+@pytest.mark.few(1)
 @interpreted
 @pytest.mark.parametrize(
     "heads", [(8, 2), pytest.param((2, 2), marks=pytest.mark.slow)]

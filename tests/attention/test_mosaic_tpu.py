@@ -130,6 +130,7 @@ def test_heads_that_do_not_fit_into_one_block_are_walked_in_turn(key, monkeypatc
     assert_equal_trees(run(q, k, v, mask), expected)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["causal", "blocks"])
 def test_long_lists_are_walked_in_several_calls(name, key, monkeypatch):
     q, k, v = arrays(key)
@@ -172,6 +173,7 @@ def test_bfloat16_errs_little_more_than_dense_attention_in_bfloat16(name, key):
     assert (errors(fast) <= 3 * errors(rough)).all()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("t", "h"), [(1, 4), (1, 2), (3, 4)])
 def test_a_few_queries_read_a_long_cache(t, h, key):
     q, k, v = arrays(key, t=t, h=h, s=40)

@@ -20,6 +20,7 @@ from tests.attention.test_operation import (
 )
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["tokens", "dense_all", "heads"])
 def test_tiles_of_single_keys_equal_the_reference(name, key, monkeypatch):
     q, k, v = arrays(key)

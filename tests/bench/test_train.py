@@ -102,6 +102,7 @@ def updates_of(optimizer, parameters, steps):
     return found
 
 
+@pytest.mark.slow
 def test_the_bare_optimizer_is_our_optimizer():
     config = convert(Config, dense(width=32) | {"train": {"steps": 24}})
     params = jax.jit(Step(config, 64, np.ones(64, np.int32)).init)(jax.random.key(0))

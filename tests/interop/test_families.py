@@ -49,6 +49,7 @@ def test_every_family_has_a_checkpoint_here():
     assert set(CONFIGS) == set(FAMILIES)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_computes_what_its_twin_does(family, tmp_path):
     config, tensors = drawn(family)
@@ -60,6 +61,7 @@ def test_a_checkpoint_computes_what_its_twin_does(family, tmp_path):
     assert np.abs(found - expected).max() <= 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_in_and_out_again_changes_no_bit(family, dtype, tmp_path):

@@ -43,6 +43,7 @@ def dead_values(params, state):
                 yield name, x[~mask]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "updater"), PAIRS)
 def test_pruned_weights_and_their_moments_are_zero_after_every_step(name, updater):
     moments = 0
@@ -53,6 +54,7 @@ def test_pruned_weights_and_their_moments_are_zero_after_every_step(name, update
     assert moments > 0
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("name", "updater"), [x for x in PAIRS if x[1] != "prune"])
 def test_grown_weights_start_from_zero_with_moments_zero(name, updater):
     grown = 0
@@ -108,6 +110,7 @@ def test_every_layer_has_its_exact_count_at_every_step():
             np.testing.assert_array_equal(each.sum(1), expected)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("updater", sorted(UPDATERS))
 def test_masks_change_on_update_steps_only(updater):
     changed = []
@@ -144,6 +147,7 @@ def dense_run(tx, params, steps):
     return params
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "updater"),
     [("adamw", "rigl"), ("adamw", "prune"), ("sgd", "static"), ("muon", "rigl")],

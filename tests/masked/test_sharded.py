@@ -64,6 +64,7 @@ def sharded(updater):
     return seen
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("updater", ["rigl", "set"])
 def test_a_sharded_run_has_the_masks_of_one_device(updater):
     alone = history("adamw", updater)[1:5]

@@ -135,6 +135,7 @@ def test_sinks_tell_the_dense_gradient_through_scans_and_checkpoints(key):
         np.testing.assert_allclose(a, b, **SMALL)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", sorted(lazy.RULES))
 def test_a_mesh_moves_the_same_rows(name, key):
     table, *others = operands(key)

@@ -39,6 +39,7 @@ def step_of(function):
     return jax.jit(jax.grad(loss, (0, 2), has_aux=True, allow_int=True))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("function", "width"), FUNCTIONS)
 @pytest.mark.parametrize("sizes", MESHES)
 def test_sums_under_any_mesh_are_the_plain_sums(
@@ -99,6 +100,7 @@ def test_sums_inside_a_shard_map_are_local(key):
     np.testing.assert_allclose(y, tiles.sum_rows(table, ids, weights), rtol=1e-5)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("shape", [(24, 2), (7, 2), (24, 3)])
 def test_lookup_under_a_mesh_is_the_lookup(shape, key):
     queries = jax.random.normal(key, (*shape, 4))

@@ -117,6 +117,7 @@ def test_equal_experts_with_weights_of_one_are_a_dense_layer(name):
     assert_close(y, (jax.nn.silu(x @ gate) * (x @ up)) @ down)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", sorted(DISPATCHERS))
 def test_one_expert_is_a_dense_layer_with_its_gradients(name):
     x, logits_weight, experts = problem(experts=1)
@@ -151,6 +152,7 @@ def test_the_order_of_tokens_commutes(name):
     assert_close(a[order], b)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("activation", ["gelu", "relu", "squared_relu"])
 def test_activations_agree_between_dispatchers(activation):
     x, logits_weight, experts = problem()
@@ -242,6 +244,7 @@ def crowded():
     return Routing(chosen, weights, jnp.full((TOKENS, EXPERTS), 1 / EXPERTS), {})
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("capacity", [1, 7, TOKENS])
 def test_buffers_drop_what_limited_drops(capacity):
     x, _, experts = problem()

@@ -41,6 +41,7 @@ def hard_cases():
     }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("exchange", "devices"), WAYS)
 def test_every_narrow_router_equals_the_dense_oracle_on_any_number_of_devices(
     exchange, devices
@@ -62,6 +63,7 @@ def test_hard_routings_equal_the_oracle(exchange, case):
         assert_close(found, oracle(x, routing, experts))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("exchange", sorted(EXCHANGES))
 def test_tokens_that_visit_nobody_may_hold_anything(exchange):
     x, _, experts = problem()
@@ -78,6 +80,7 @@ def test_tokens_that_visit_nobody_may_hold_anything(exchange):
     assert not dirty[1][0].reshape(TOKENS, -1)[dead[:, 0]].any()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("exchange", sorted(EXCHANGES))
 def test_other_mesh_axes_change_nothing(exchange):
     x, _, experts = problem()
@@ -86,6 +89,7 @@ def test_other_mesh_axes_change_nothing(exchange):
     assert_close(found, oracle(x, routing, experts))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("dispatcher", ["capacity", "grouped"])
 @pytest.mark.parametrize("exchange", sorted(EXCHANGES))
 def test_any_dispatcher_may_wait_at_the_other_end(exchange, dispatcher):

@@ -90,12 +90,14 @@ def assert_right(key, name, sizes, *, poisoned=True):
         assert dw[g].any() == (size > 0)
 
 
+@pytest.mark.few(8)
 @runs
 @pytest.mark.parametrize("live", PATTERNS, ids=str)
 def test_every_pattern_of_empty_groups_is_right_with_its_gradients(key, name, live):
     assert_right(key, name, [n * size for n, size in zip(live, SIZES, strict=True)])
 
 
+@pytest.mark.few(4)
 @runs
 @pytest.mark.parametrize(
     "sizes", [(0, ROWS, 0, 0), (0, 0, 1, 0), (0, 0, 0, ROWS), (64, 64, 8, 64)], ids=str

@@ -108,6 +108,7 @@ def test_any_mesh_equals_one_device(shape, dispatcher):
         assert_close(everything.__wrapped__(dispatcher), alone)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("dispatcher", sorted(DISPATCHERS))
 def test_padding_changes_nothing_and_gets_nothing(dispatcher):
     step, state = step_of(

@@ -72,6 +72,7 @@ def test_every_layer_has_its_own_part_of_the_random_key():
     assert (chosen[0] != chosen[1]).any()
 
 
+@pytest.mark.slow
 def test_a_step_moves_means_by_what_visited_them():
     """In two halves of the batch or at once: evidence is averaged, then used."""
     ffn = {"kind": "moe", "experts": 8, "per_token": 2, "hidden": 16}

@@ -11,7 +11,6 @@ from sparsejax.memory import MemoryConfig
 from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
 from sparsejax.nn.transformer import Transformer
-from tests.slowly import slowly
 
 VOCABULARY = 50
 CONFIG = ModelConfig(
@@ -95,6 +94,7 @@ def test_the_scan_equals_the_layers_one_by_one(model, tokens):
     np.testing.assert_allclose(model(tokens).value, model.norm(x), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_packed_documents_do_not_see_each_other(tokens):
     segments = jnp.where(jnp.arange(32) < 12, 1, 2)
     segments = jnp.broadcast_to(segments, (2, 32))
@@ -123,7 +123,8 @@ def test_cached_prefill_and_decode_equal_the_whole(model, tokens):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole[:, :28], atol=5e-5)
 
 
-@pytest.mark.parametrize("remat", slowly(["full", "dots", "names"], but={"names"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots", "names"])
 def test_recomputing_changes_no_gradient(model, tokens, remat):
     def gradient(config):
         twin = Transformer(config, VOCABULARY, rngs=nnx.Rngs(0))

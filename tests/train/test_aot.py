@@ -12,12 +12,14 @@ from sparsejax.train.aot import judge, text_of
 from tests.train import toy
 
 ROOT = Path(__file__).parents[2]
+SMALL = {"memory": None, "memory_layers": ()}
 
 
 def test_a_judgement_counts_what_one_chip_holds():
     config = toy.toy(
         mesh={"data": 2, "fsdp": 2, "expert": 2},
-        model={
+        model=SMALL
+        | {
             "remat": "full",
             "ffn": toy.TOY["model"]["ffn"]
             | {"exchange": "all_to_all", "exchange_factor": 1.5},
@@ -26,7 +28,7 @@ def test_a_judgement_counts_what_one_chip_holds():
     )
     target = Target("cpu", jax.devices(), memory=2**30)
     found = judge(config, target)
-    alone = judge(toy.toy(), Target("cpu", jax.devices()[:1], memory=2**30))
+    alone = judge(toy.toy(model=SMALL), Target("cpu", jax.devices()[:1], memory=2**30))
     assert found.chips == 8
     # Two moments a parameter, a mask of a byte for some, and a few counters.
     assert 2 * found.parameters < found.optimizer < 2.3 * found.parameters
@@ -43,7 +45,8 @@ def test_a_judgement_counts_what_one_chip_holds():
 
 def test_what_does_not_fit_is_said_so():
     target = Target("cpu", jax.devices()[:1], memory=1000)
-    found = judge(toy.toy(), target)
+    least = SMALL | {"ffn": {"kind": "gated", "hidden": 16}}
+    found = judge(toy.toy(model=least, masked=None), target)
     assert not found.fits
     assert "verdict: DOES NOT FIT" in text_of("cpu", found)
 

@@ -104,6 +104,7 @@ class KilledError(Exception):
     """Stands for a process that is no more."""
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("step", [3, 5])
 def test_a_resumed_run_is_the_uninterrupted_run(
     step, config, straight, tmp_path, monkeypatch

@@ -67,6 +67,7 @@ def test_rows_of_a_shared_pool_are_the_dense_step():
     assert rows[3] == dense[3]  # the trees: checkpoints and exports see no difference
 
 
+@pytest.mark.slow
 def test_rows_under_a_mesh_are_those_of_one_device():
     alone = trained(toy.toy(**PLAIN, optim=ROWS), 3, toy.one_device())
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -41,6 +41,7 @@ def run(kernel, key):
         )
 
 
+@pytest.mark.few(1)
 @runs
 @pytest.mark.parametrize("kernel", ["forward", "query_gradient", "key_gradients"])
 def test_a_slot_given_back_too_early_is_found(kernel, key, monkeypatch):
@@ -88,6 +89,7 @@ def test_warpgroups_that_work_in_turns_change_nothing(key):
     assert (alone["lse"] == turned["lse"]).all()
 
 
+@pytest.mark.slow
 @runs
 def test_all_extras_of_the_cases_agree_with_dense_attention():
     small = {"length": 128, "heads": 2, "key_heads": 1, "width": 32}
