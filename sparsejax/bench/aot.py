@@ -58,6 +58,7 @@ WORKS = (
     Work("dense_1b", "gpu:h200"),
     Work("dense_1b", "gpu:h200", ("optim.accumulate=64",)),
     Work("moe_8b", "tpu:v5p:8x8x8"),
+    Work("memory_128b", "tpu:v5p:8x8x8"),
 )
 
 
