@@ -15,7 +15,6 @@ from sparsejax.config import convert, read, to_dict
 from sparsejax.data import Batch
 from sparsejax.train.config import Config
 from sparsejax.train.step import Step
-from tests.slowly import slowly
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -97,11 +96,9 @@ def test_a_config_traces_at_toy_size(name):
     assert metrics["loss"].shape == ()
 
 
-# Compiling is what takes the time: the one with every pillar.
-FEW = {"quickstart"}
-
-
-@pytest.mark.parametrize("name", slowly(CONFIGS, but=FEW))
+# Compiling takes a minute of each; the tests of the loop train one of every pillar.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_takes_two_steps_at_toy_size(name):
     step, batch = toy_step(name)
     state = jax.jit(step.init)(jax.random.key(0))

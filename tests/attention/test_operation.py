@@ -189,21 +189,21 @@ def by_definition(name, key, *, more=False, **heads):
 EXTRAS = {"causal", "heads", "dense_batch", "coarse", "lists", "tokens"}
 
 
-@pytest.mark.few(13)
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", sorted({*MASKS} - EXTRAS | {"causal"}))
 def test_xla_equals_the_reference(name, path):
     x, _, expected = by_definition(name, 0)
     assert_equal_trees(both(*x, MASKS[name](), implementation="xla"), expected)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", sorted(EXTRAS))
 def test_xla_equals_the_reference_with_all_extras(name, path):
     x, more, expected = by_definition(name, 1, more=True)
     assert_equal_trees(both(*x, MASKS[name](), implementation="xla", **more), expected)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("h", "g"), [(4, 1), (6, 3)])
 @pytest.mark.parametrize("shared", [True, False])
 def test_grouped_heads_read_their_own_keys(h, g, shared, path):

@@ -53,6 +53,7 @@ def test_every_selector_is_tested():
     assert set(SOME) == set(ALL) == set(ONE) == set(METHODS)
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_budget_of_everything_is_dense_attention(name, key):
     x = jax.random.normal(key, (2, T, WIDTH))
@@ -75,6 +76,7 @@ def test_a_smaller_budget_leaves_something_out(name, key):
     assert densities[0] < densities[1] <= 1
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_token_never_changes_what_came_before_it(name, key):
     model, x = layer(name), jax.random.normal(key, (2, T, WIDTH))
@@ -85,6 +87,7 @@ def test_a_token_never_changes_what_came_before_it(name, key):
         assert (after[:, changed] != before[:, changed]).any()
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_prefill_and_decode_equal_the_whole_forward(name, key):
     model, x = layer(name), jax.random.normal(key, (2, T, WIDTH))
@@ -98,6 +101,7 @@ def test_prefill_and_decode_equal_the_whole_forward(name, key):
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, **CLOSE)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", sorted(set(CAUSAL) & set(CHOOSING)))
 def test_a_cache_shorter_than_the_budget_serves(name, key):
     model, x = layer(name, ALL[name]), jax.random.normal(key, (1, 6, WIDTH))
@@ -119,12 +123,14 @@ def test_every_query_reads_something(name, key):
         assert jnp.isfinite(value(model, inputs)).all()
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_permuting_the_batch_permutes_the_output(name, key):
     model, x = layer(name), jax.random.normal(key, (2, T, WIDTH))
     np.testing.assert_allclose(value(model, x[::-1]), value(model, x)[::-1], **CLOSE)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_documents_do_not_learn_of_each_other(name, key):
     model, x = layer(name), jax.random.normal(key, (1, T, WIDTH))

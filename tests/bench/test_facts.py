@@ -41,6 +41,7 @@ def test_sentences_are_cut_before_what_they_tell():
         cut("Lima\n")
 
 
+@pytest.mark.slow
 def test_what_a_model_says_is_recalled_and_one_other_byte_is_not():
     config = ModelConfig(
         depth=1,

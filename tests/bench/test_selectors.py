@@ -9,6 +9,7 @@ from sparsejax.bench import table
 from sparsejax.bench.attention import Work, dense
 
 
+@pytest.mark.slow
 def test_a_mixer_that_reads_every_block_is_dense():
     q, k, v = Work("", 256, False, causal()).inputs()
     # Three blocks of MoBA are more than the two there are.

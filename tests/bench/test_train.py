@@ -82,6 +82,7 @@ def losses_of_both(config, steps):
     return np.array(found).T
 
 
+@pytest.mark.slow
 def test_the_bare_step_is_our_step():
     # Steps 1 and 2 of a pair share a batch, so a wrong update shows at once; the first
     # rates are a thirtieth of the peak and rise.

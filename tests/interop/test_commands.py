@@ -111,10 +111,11 @@ def test_an_import_that_fails_leaves_nothing(
     folder, experiment, tmp_path, changes, message
 ):
     config = experiment(**changes)
-    before = sorted(tmp_path.iterdir())
+    before = set(tmp_path.iterdir())
     with pytest.raises(ConfigError, match=message):
         begin(open_source(folder), tmp_path / "run", config=config)
-    assert sorted(tmp_path.iterdir()) == before
+    # Python may keep what it has compiled of the config file.
+    assert set(tmp_path.iterdir()) - before <= {tmp_path / "__pycache__"}
 
 
 def test_a_tokenizer_of_another_vocabulary_is_refused(folder, tmp_path):

@@ -43,7 +43,7 @@ def dead_values(params, state):
                 yield name, x[~mask]
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "updater"), PAIRS)
 def test_pruned_weights_and_their_moments_are_zero_after_every_step(name, updater):
     moments = 0

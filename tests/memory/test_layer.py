@@ -83,7 +83,7 @@ def test_every_kind_has_a_config_of_its_name():
     assert {k: c.kind for k, c in CONFIGS.items()} == {k: k for k in MEMORIES}
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @every_variant
 def test_layer_keeps_shape_and_dtype(config, key):
     out = evaluate(*build(config), tokens(key)).out
@@ -96,7 +96,7 @@ def test_layer_keeps_shape_and_dtype(config, key):
     assert all(x.shape == () and x.dtype == jnp.float32 for x in scalars)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @every_variant
 def test_slope_in_any_direction_is_the_difference_quotient(config, key):
     if config.kind != "fff":  # the choice of slots is a step, which has no slope
@@ -195,7 +195,7 @@ def test_constructor_can_be_stacked_over_keys(config, key):
     assert {path: leaf.shape for path, leaf in leaves(stacked).items()} == shapes
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [*CONFIGS, "product_key/gated", "fff/hard"])
 def test_sharded_layer_is_the_layer(name, key, monkeypatch):
     monkeypatch.setattr(tiles, "TILE", 4 * 10 * WIDTH)  # several tiles

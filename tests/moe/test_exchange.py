@@ -41,7 +41,7 @@ def hard_cases():
     }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("exchange", "devices"), WAYS)
 def test_every_narrow_router_equals_the_dense_oracle_on_any_number_of_devices(
     exchange, devices

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 SMALL = {"memory": None, "memory_layers": ()}
 
 
+@pytest.mark.slow
 def test_a_judgement_counts_what_one_chip_holds():
     config = toy.toy(
         mesh={"data": 2, "fsdp": 2, "expert": 2},

@@ -75,7 +75,7 @@ def run(cfg, params, loss=quadratic, steps=STEPS):
     return params, state, traces
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "make"),
     [*((name, state_of) for name in sorted(OPTIMIZERS)), ("muon", dict_of)],
