@@ -1,7 +1,7 @@
 """Products with live blocks as loops over them, for CPUs above all.
 
-Loops with traced trip counts: the work follows the live blocks. Tiles of rows are on
-the outside, so that what a column of blocks reads, and its sum, stay in a core's cache.
+Loops with traced trip counts: the work follows the live blocks, a product each. Tiles
+of rows are on the outside, and tall: a product of few rows costs more to start.
 """
 
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from sparsejax.typing import Array
 
 __all__ = ["xla"]
 
-TALL = 256  # rows of a tile: few enough for a cache, enough for two cores
+TALL = 2048  # rows of a tile: on two cores 256 takes a sixth to a quarter longer
 
 
 def _rows_by_weights(

@@ -36,14 +36,14 @@ def _rows_by_weights(x: Array, w: Array, group_sizes: Array, *, contract: int) -
         return _over_tiles(tile, ends[g] - group_sizes[g], ends[g], x.shape[0], y)
 
     y = jnp.zeros_like(x, shape=(x.shape[0], w.shape[2 - contract]))
-    return lax.fori_loop(0, w.shape[0], group, y)
+    return _over_groups(group, group_sizes, y)
 
 
 def _rows_by_rows(x: Array, dy: Array, group_sizes: Array) -> Array:
     """Give ``x.T @ dy`` of each group; zeros for an empty one."""
     ends = jnp.cumsum(group_sizes)
 
-    def group(g: Array) -> Array:
+    def group(g: Array, sums: Array) -> Array:
         def tile(start: Array, live: Array, total: Array) -> Array:
             rows, rows_dy = (
                 jnp.where(live, lax.dynamic_slice_in_dim(a, start, live.shape[0]), 0)
@@ -54,14 +54,30 @@ def _rows_by_rows(x: Array, dy: Array, group_sizes: Array) -> Array:
         shape = (x.shape[1], dy.shape[1])
         total = jnp.zeros_like(x, shape=shape, dtype=jnp.float32)
         start = ends[g] - group_sizes[g]
-        return _over_tiles(tile, start, ends[g], x.shape[0], total).astype(x.dtype)
+        total = _over_tiles(tile, start, ends[g], x.shape[0], total)
+        return lax.dynamic_update_index_in_dim(sums, total.astype(x.dtype), g, 0)
 
-    return lax.map(group, jnp.arange(group_sizes.shape[0]))
+    shape = (group_sizes.shape[0], x.shape[1], dy.shape[1])
+    return _over_groups(group, group_sizes, jnp.zeros_like(x, shape=shape))
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     dimensions = (((axis_a,), (axis_b,)), ((), ()))
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _over_groups(
+    group: Callable[[Array, Array], Array], group_sizes: Array, carry: Array
+) -> Array:
+    """Fold ``group(number, carry)`` over the groups that have rows.
+
+    An empty one would read a weight, or write one, for nothing.
+    """
+
+    def step(g: Array, carry: Array) -> Array:
+        return lax.cond(group_sizes[g] > 0, group, lambda _, carry: carry, g, carry)
+
+    return lax.fori_loop(0, group_sizes.shape[0], step, carry)
 
 
 def _over_tiles(
