@@ -112,7 +112,7 @@ class Context(NamedTuple):
         self,
         q: Float[Array, "b t h c"],
         k: Float[Array, "b s g c"],
-        v: Float[Array, "b s g c"],
+        v: Float[Array, "b s g _"],
         select: Callable[..., BlockMask],
         *extras: Any,
         axes: tuple = (),

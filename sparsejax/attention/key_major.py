@@ -165,7 +165,7 @@ def forward(inputs: Inputs) -> Attended:
         return tuple(tiles.kept(room, tile, x) for room, x in parts)
 
     lead = queries.shape[1:4]
-    start = tiles.room((*lead, inputs.q.shape[-1])), *(tiles.room((*lead, 1)),) * 2
+    start = tiles.room((*lead, inputs.v.shape[-1])), *(tiles.room((*lead, 1)),) * 2
     start = alike(start, inputs, tiles)
     out, top, total = jax.lax.fori_loop(0, tiles.plan.count, visit, start)
     place = tiles.plan.place

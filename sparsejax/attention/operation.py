@@ -1,13 +1,15 @@
 """Block-sparse attention: one operation, several implementations that agree.
 
 Queries "b t h c" read keys and values "b s g c" where the ``BlockMask`` lets them;
-query head ``h`` reads key head ``h // (heads // key heads)``. A query that sees nothing
-gives 0 and a log-denominator of -inf, and receives gradient 0.
+query head ``h`` reads key head ``h // (heads // key heads)``. Values may be wider or
+narrower than queries and keys. A query that sees nothing gives 0 and a log-denominator
+of -inf, and receives gradient 0.
 """
 
 from sparsejax.attention.attended import Attended, Segments, join_sinks
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.reference import reference
+from sparsejax.attention.rows import pad
 from sparsejax.attention.xla import xla
 from sparsejax.config import near
 from sparsejax.late import late
@@ -38,18 +40,18 @@ def takes_lists(implementation: str | None) -> bool:
     return implementation in LISTS
 
 
-def _by_platform(q: Array, mask: BlockMask) -> str:
+def _by_platform(widest: Array, mask: BlockMask) -> str:
     """The kernels for this hardware; on a GPU, if they take such work."""
     if platform() == "tpu":
         return "mosaic_tpu"
-    fits = platform() == "gpu" and obstacle(q, mask) is None
+    fits = platform() == "gpu" and obstacle(widest, mask) is None
     return "mosaic_gpu" if fits else "xla"
 
 
 def block_sparse_attention(  # noqa: PLR0913  the signature of the design
     q: Float[Array, "b t h c"],
     k: Float[Array, "b s g c"],
-    v: Float[Array, "b s g c"],
+    v: Float[Array, "b s g _"],
     mask: BlockMask,
     *,
     scale: float | None = None,
@@ -58,7 +60,7 @@ def block_sparse_attention(  # noqa: PLR0913  the signature of the design
     segments: Segments | None = None,
     bias: Float[Array, "b g s"] | None = None,
     implementation: str | None = None,
-) -> Float[Array, "b t h c"]:
+) -> Float[Array, "b t h _"]:
     """Attend where the mask lets it; see ``block_sparse_attention_and_lse``."""
     return block_sparse_attention_and_lse(
         q,
@@ -77,7 +79,7 @@ def block_sparse_attention(  # noqa: PLR0913  the signature of the design
 def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the design
     q: Float[Array, "b t h c"],
     k: Float[Array, "b s g c"],
-    v: Float[Array, "b s g c"],
+    v: Float[Array, "b s g _"],
     mask: BlockMask,
     *,
     scale: float | None = None,
@@ -106,15 +108,14 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     _check(q, k, v, mask)
     _check_extras(q, k, softcap, sinks, segments)
     _check_bias(k, bias)
-    name = _by_platform(q, mask) if implementation is None else implementation
+    name = implementation or _by_platform(max(q, v, key=lambda x: x.shape[3]), mask)
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r}: no such name{near(name, IMPLEMENTATIONS)}"
         )
+    arrays = (q, k, v) if name in LISTS else _equally_wide(q, k, v)
     attended = IMPLEMENTATIONS[name](
-        q,
-        k,
-        v,
+        *arrays,
         mask,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
         softcap=softcap,
@@ -123,15 +124,22 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     )
     if sinks is not None:
         attended = join_sinks(attended, sinks)
-    return attended._replace(values=attended.values.astype(q.dtype))
+    values = attended.values[..., : v.shape[3]].astype(q.dtype)
+    return attended._replace(values=values)
+
+
+def _equally_wide(*arrays: Array) -> tuple[Array, ...]:
+    """Give the narrower heads channels of 0: the kernels know one width only."""
+    width = max(x.shape[-1] for x in arrays)
+    return tuple(pad(x, 3, width) for x in arrays)
 
 
 def _check(q: Array, k: Array, v: Array, mask: BlockMask) -> None:
     b, t, h, c = q.shape
-    if k.shape != v.shape or k.shape[0] != b or k.shape[3] != c:
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != b or k.shape[3] != c:
         raise ValueError(
-            f"q {q.shape}, k {k.shape}, v {v.shape}: k and v must agree, and share"
-            " batch and head width with q"
+            f"q {q.shape}, k {k.shape}, v {v.shape}: k and v must agree in all but"
+            " their width, and k share batch and head width with q"
         )
     if len({q.dtype, k.dtype, v.dtype}) > 1:
         raise ValueError(

@@ -12,7 +12,7 @@ __all__ = ["reference"]
 def reference(
     q: Float[Array, "b t h c"],
     k: Float[Array, "b s g c"],
-    v: Float[Array, "b s g c"],
+    v: Float[Array, "b s g _"],
     mask: BlockMask,
     *,
     scale: float,
@@ -43,4 +43,4 @@ def reference(
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)[..., 0]
     weights = (weights / jnp.where(seen, total, 1)).reshape(b, k.shape[2], -1, t, s)
     values = jnp.einsum("bgrts,bsgc->btgrc", weights, v.astype(wide))
-    return Attended(values.reshape(q.shape), lse)
+    return Attended(values.reshape(b, t, h, -1), lse)

@@ -195,7 +195,11 @@ def forward(inputs: Inputs) -> Attended:
             return higher, total, out * kept[..., None] + update
 
         lead = queries.shape[:-1]
-        start = jnp.full(lead, FLOOR), jnp.zeros(lead), jnp.zeros(queries.shape)
+        start = (
+            jnp.full(lead, FLOOR),
+            jnp.zeros(lead),
+            jnp.zeros((*lead, inputs.v.shape[3])),
+        )
         top, total, out = steps.walk(row, step, alike(start, inputs, row))
         seen = total > 0
         lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)

@@ -34,7 +34,7 @@ ELEMENTS = 2**29  # bytes that the rule of such tiles may take
 def xla(
     q: Float[Array, "b t h c"],
     k: Float[Array, "b s g c"],
-    v: Float[Array, "b s g c"],
+    v: Float[Array, "b s g _"],
     mask: BlockMask,
     *,
     scale: float,

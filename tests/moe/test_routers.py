@@ -200,6 +200,8 @@ def test_a_group_is_as_good_as_its_two_best():
     logits = jnp.asarray([[3.0, -9, -9, -9, 2, 2, -9, -9]])
     routing = sigmoid_top_k(logits, k=2, groups=2, kept_groups=1)
     np.testing.assert_array_equal(np.sort(routing.experts), [[4, 5]])
+    other = softmax_top_k(logits, k=2, groups=2, kept_groups=1)
+    np.testing.assert_array_equal(np.sort(other.experts), [[0, 1]])  # its best one
 
 
 def test_a_negative_biased_score_still_beats_every_other_group():
@@ -311,12 +313,27 @@ def _deepseek_v3(row, k, bias):
     return chosen, 2.5 * s[chosen] / s[chosen].sum()
 
 
+def _deepseek_v2(row, k):
+    p = np.exp(row - row.max())
+    groups = (p / p.sum()).reshape(4, 2)
+    masked = np.zeros((4, 2))
+    for group in np.argsort(-groups.max(axis=1), kind="stable")[:2]:
+        masked[group] = groups[group]
+    chosen = np.argsort(-masked.reshape(-1), kind="stable")[:k]
+    return chosen, 16 * masked.reshape(-1)[chosen]
+
+
 BIAS = np.linspace(-0.5, 0.5, EXPERTS)
 MODELS = {
     "Mixtral": (softmax_top_k, {}, _mixtral),
     "Qwen3-MoE": (softmax_top_k, {"renormalize": True}, _mixtral),
     "OLMoE": (softmax_top_k, {"renormalize": False}, _olmoe),
     "gpt-oss": (top_k_softmax, {}, _gpt_oss),
+    "DeepSeek-V2": (
+        softmax_top_k,
+        {"groups": 4, "kept_groups": 2, "scale": 16.0, "renormalize": False},
+        _deepseek_v2,
+    ),
     "DeepSeek-V3": (
         sigmoid_top_k,
         {"groups": 4, "kept_groups": 2, "scale": 2.5, "bias": jnp.asarray(BIAS)},

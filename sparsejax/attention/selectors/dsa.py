@@ -200,7 +200,7 @@ class DSA(nnx.Module):
         self,
         q: Float[Array, "b t h c"],
         k: Float[Array, "b s g c"],
-        v: Float[Array, "b s g c"],
+        v: Float[Array, "b s g _"],
         x: Float[Array, "b t d"],
         context: Context,
     ) -> Mixed:

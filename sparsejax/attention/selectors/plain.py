@@ -64,7 +64,7 @@ class Patterned(Mixer):
         self,
         q: Float[Array, "b t h c"],
         k: Float[Array, "b s g c"],
-        v: Float[Array, "b s g c"],
+        v: Float[Array, "b s g _"],
         x: Float[Array, "b t d"],
         context: Context,
     ) -> Mixed:
@@ -99,7 +99,7 @@ class Selecting(Mixer):
         self,
         q: Float[Array, "b t h c"],
         k: Float[Array, "b s g c"],
-        v: Float[Array, "b s g c"],
+        v: Float[Array, "b s g _"],
         x: Float[Array, "b t d"],
         context: Context,
     ) -> Mixed:

@@ -39,6 +39,7 @@ __all__ = [
     "check_count",
     "choose",
     "everywhere",
+    "keep_groups",
     "pick",
     "settings",
     "shares",
@@ -95,6 +96,39 @@ def choose(
     if bias is not None:
         scores = scores + bias[None]
     return best(jax.lax.stop_gradient(scores), k)
+
+
+def keep_groups(
+    scores: Float[Array, "n e"], k: int, groups: int, kept: int, *, judged_by: int
+) -> Float[Array, "n e"]:
+    """Set the scores outside the ``kept`` best groups to minus infinity.
+
+    Args:
+        groups: consecutive equal parts of the experts.
+        judged_by: how many of its best experts a group is judged by, together.
+
+    Raises:
+        ValueError: if the groups are not equal or leave fewer than ``k`` experts.
+    """
+    tokens, experts = scores.shape
+    check_count(k, experts)
+    if groups < 1 or experts % groups:
+        raise ValueError(f"groups={groups}: must divide the {experts} experts")
+    size = experts // groups
+    if not 1 <= kept <= groups or kept * size < k:
+        raise ValueError(
+            f"kept_groups={kept}: must be 1 to {groups} (groups) and leave k={k}"
+            f" experts; a group has {size}"
+        )
+    if kept == groups:
+        return scores
+    parts = jax.lax.stop_gradient(scores).reshape(tokens * groups, size)
+    judges = pick(parts, best(parts, min(judged_by, size)))
+    winners = best(judges.sum(axis=1).reshape(tokens, groups), kept)
+    parts = parts.reshape(tokens, groups, size)
+    live = (winners[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
+    # Not zero: a biased score below zero would lose to an expert outside its groups.
+    return jnp.where(live[:, :, None], parts, -jnp.inf).reshape(tokens, experts)
 
 
 def best(scores: Float[Array, "n e"], k: int) -> Int[Array, "n k"]:

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 
 from sparsejax.moe.routers.routing import (
     Routing,
-    best,
-    check_count,
     choose,
+    keep_groups,
     pick,
     valid_mean,
 )
@@ -42,38 +41,13 @@ def sigmoid_top_k(
     """
     scores = jax.nn.sigmoid(logits.astype(jnp.float32))
     choice = scores if bias is None else scores + bias[None]
-    choice = _keep_groups(choice, k, groups, kept_groups)
+    choice = keep_groups(choice, k, groups, kept_groups, judged_by=2)
     chosen = choose(choice, k, None)
     weights = pick(scores, chosen)
     if renormalize:
         weights = weights / (weights.sum(axis=1, keepdims=True) + 1e-20)
     probs = scores / (scores.sum(axis=1, keepdims=True) + 1e-20)
     return Routing(chosen, weights * scale, probs, {})
-
-
-def _keep_groups(
-    scores: Float[Array, "n e"], k: int, groups: int, kept: int
-) -> Float[Array, "n e"]:
-    """Set the scores outside the ``kept`` best groups to minus infinity."""
-    tokens, experts = scores.shape
-    check_count(k, experts)
-    if groups < 1 or experts % groups:
-        raise ValueError(f"groups={groups}: must divide the {experts} experts")
-    size = experts // groups
-    if not 1 <= kept <= groups or kept * size < k:
-        raise ValueError(
-            f"kept_groups={kept}: must be 1 to {groups} (groups) and leave k={k}"
-            f" experts; a group has {size}"
-        )
-    if kept == groups:
-        return scores
-    parts = jax.lax.stop_gradient(scores).reshape(tokens * groups, size)
-    two = pick(parts, best(parts, min(2, size)))
-    winners = best(two.sum(axis=1).reshape(tokens, groups), kept)
-    parts = parts.reshape(tokens, groups, size)
-    live = (winners[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
-    # Not zero: a biased score below zero would lose to an expert outside its groups.
-    return jnp.where(live[:, :, None], parts, -jnp.inf).reshape(tokens, experts)
 
 
 def sigma_moe(

@@ -3,7 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from sparsejax.moe.routers.routing import Routing, choose, pick, valid_mean
+from sparsejax.moe.routers.routing import (
+    Routing,
+    choose,
+    keep_groups,
+    pick,
+    valid_mean,
+)
 from sparsejax.typing import Array, Bool, Float, PRNGKeyArray
 
 __all__ = [
@@ -21,22 +27,34 @@ def softmax_top_k(
     *,
     k: int,
     bias: Float[Array, " e"] | None = None,
+    groups: int = 1,
+    kept_groups: int = 1,
+    scale: float = 1.0,
     renormalize: bool = True,
 ) -> Routing:
-    """Softmax over all experts, then keep the best.
+    """Softmax over all experts, then keep the best, inside the best groups.
 
     Args:
+        groups: consecutive equal parts of the experts.
+        kept_groups: how many of them a token may visit. A group is as good as its best
+            expert; experts of other groups are never chosen.
+        scale: factor on the weights (DeepSeek-V2: 16).
         renormalize: divide the kept weights by their sum, as Mixtral and Qwen3 do;
-            OLMoE does not.
+            OLMoE and DeepSeek-V2 do not.
 
-    Source: Jiang et al. 2024, arXiv:2401.04088, Sec. 2.1.
+    Raises:
+        ValueError: if the groups are not equal or leave fewer than ``k`` experts.
+
+    Source: Jiang et al. 2024, arXiv:2401.04088, Sec. 2.1; DeepSeek-AI 2024,
+    arXiv:2405.04434, Sec. 2.2.2.
     """
     probs = jax.nn.softmax(logits.astype(jnp.float32))
-    chosen = choose(probs, k, bias)
+    choice = probs if bias is None else probs + bias[None]
+    chosen = choose(keep_groups(choice, k, groups, kept_groups, judged_by=1), k)
     weights = pick(probs, chosen)
     if renormalize:
         weights = weights / weights.sum(axis=1, keepdims=True)
-    return Routing(chosen, weights, probs, {})
+    return Routing(chosen, weights * scale, probs, {})
 
 
 def top_k_softmax(
