@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     Each of 512 chips holds 0.25 billion of them, and moves the rows that were read.
     """
     config = dense_1b.get_config()
+    config.data.batch_size = 64  # every chip sorts all reads of a step
     config.model.memory = {
         "kind": "memory_plus",
         "sub_keys": 7904,

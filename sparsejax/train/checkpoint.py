@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
@@ -373,7 +374,8 @@ def _all(holds: bool) -> bool:
     """Whether something holds on every process."""
     if jax.process_count() == 1:
         return holds
-    return bool(multihost_utils.process_allgather(jax.numpy.asarray(holds)).all())
+    # Of NumPy: under a mesh an array of JAX would belong to all processes at once.
+    return bool(multihost_utils.process_allgather(np.array(holds)).all())
 
 
 def _meet(name: str) -> None:
