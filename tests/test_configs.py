@@ -96,7 +96,7 @@ def test_a_config_traces_at_toy_size(name):
     assert metrics["loss"].shape == ()
 
 
-# Compiling takes a minute of each; the tests of the loop train one of every pillar.
+# Compiling each takes half a minute; the tests of the loop train one of every pillar.
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_takes_two_steps_at_toy_size(name):

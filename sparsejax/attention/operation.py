@@ -40,10 +40,11 @@ def takes_lists(implementation: str | None) -> bool:
     return implementation in LISTS
 
 
-def _by_platform(widest: Array, mask: BlockMask) -> str:
+def _by_platform(q: Array, v: Array, mask: BlockMask) -> str:
     """The kernels for this hardware; on a GPU, if they take such work."""
     if platform() == "tpu":
         return "mosaic_tpu"
+    widest = max(q, v, key=lambda x: x.shape[3])
     fits = platform() == "gpu" and obstacle(widest, mask) is None
     return "mosaic_gpu" if fits else "xla"
 
@@ -108,7 +109,7 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     _check(q, k, v, mask)
     _check_extras(q, k, softcap, sinks, segments)
     _check_bias(k, bias)
-    name = implementation or _by_platform(max(q, v, key=lambda x: x.shape[3]), mask)
+    name = _by_platform(q, v, mask) if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation={name!r}: no such name{near(name, IMPLEMENTATIONS)}"

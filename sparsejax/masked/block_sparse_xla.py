@@ -12,7 +12,7 @@ from sparsejax.typing import Array
 
 __all__ = ["xla"]
 
-TALL = 2048  # rows of a tile: on two cores 256 takes a sixth to a quarter longer
+TALL = 2048  # rows of a tile: on two cores 256 takes a tenth to a quarter longer
 
 
 def _rows_by_weights(

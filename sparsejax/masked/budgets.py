@@ -47,8 +47,6 @@ def budgets(
             *(jnp.broadcast_to(x, target.stack) for x in (keep, moved))
         )
     allocation = masked.ALLOCATIONS[plan.allocation]
-    if isinstance(step, int) and begins_dense(plan):
-        return found  # everything is live: there is nothing to choose
     if allocation in masked.RANKED_BY:
         first = masked.CRITERIA[
             plan.initial_criterion if isinstance(step, int) else plan.criterion

@@ -46,8 +46,7 @@ def test_a_judgement_counts_what_one_chip_holds():
 
 def test_what_does_not_fit_is_said_so():
     target = Target("cpu", jax.devices()[:1], memory=1000)
-    least = SMALL | {"ffn": {"kind": "gated", "hidden": 16}}
-    found = judge(toy.toy(model=least, masked=None), target)
+    found = judge(toy.toy(**toy.LEAST), target)
     assert not found.fits
     assert "verdict: DOES NOT FIT" in text_of("cpu", found)
 

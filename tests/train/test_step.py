@@ -22,17 +22,6 @@ MESHES = {
 
 COVERING = {"fsdp, expert, tensor"}
 
-# What concerns the step and not its layers is seen in the least of models.
-LEAST = {
-    "model": {
-        "depth": 1,
-        "ffn": {"kind": "gated", "hidden": 16},
-        "memory": None,
-        "memory_layers": (),
-    },
-    "masked": None,
-}
-
 
 @pytest.fixture(scope="module")
 def alone():
@@ -54,14 +43,18 @@ def test_every_mesh_agrees_with_one_device(name, alone):
 
 def test_micro_batches_are_one_batch():
     # Means over a micro-batch enter the balance loss, so experts are left out here.
-    whole, _ = toy.losses(toy.toy(**LEAST), 6, toy.one_device())
-    cut, _ = toy.losses(toy.toy(**LEAST, optim={"accumulate": 4}), 6, toy.one_device())
+    whole, _ = toy.losses(toy.toy(**toy.LEAST), 6, toy.one_device())
+    cut, _ = toy.losses(
+        toy.toy(**toy.LEAST, optim={"accumulate": 4}), 6, toy.one_device()
+    )
     np.testing.assert_allclose(cut, whole, rtol=0, atol=ROUNDING)
 
 
 def test_logits_in_chunks_are_the_same_loss():
-    whole, _ = toy.losses(toy.toy(**LEAST), 4, toy.one_device())
-    cut, _ = toy.losses(toy.toy(**LEAST, train={"loss_chunk": 8}), 4, toy.one_device())
+    whole, _ = toy.losses(toy.toy(**toy.LEAST), 4, toy.one_device())
+    cut, _ = toy.losses(
+        toy.toy(**toy.LEAST, train={"loss_chunk": 8}), 4, toy.one_device()
+    )
     np.testing.assert_allclose(cut, whole, rtol=0, atol=ROUNDING)
 
 
@@ -93,7 +86,7 @@ def test_evaluation_changes_nothing_and_counts_real_tokens():
 
 
 def test_the_first_statistic_that_is_not_finite_is_remembered():
-    _, state, train, _, mesh = toy.start(toy.toy(**LEAST), toy.one_device())
+    _, state, train, _, mesh = toy.start(toy.toy(**toy.LEAST), toy.one_device())
     with jax.set_mesh(mesh):
         state, _ = train(state, toy.batch())
         assert state.fault.tolist() == [-1, -1]
@@ -108,7 +101,7 @@ def test_the_first_statistic_that_is_not_finite_is_remembered():
 
 def test_z_loss_pulls_the_normaliser_to_zero():
     def normaliser(weight):
-        config = toy.toy(**LEAST, train={"z_loss": weight})
+        config = toy.toy(**toy.LEAST, train={"z_loss": weight})
         _, state, train, evaluate, mesh = toy.start(config, toy.one_device())
         with jax.set_mesh(mesh):
             for index in range(8):
@@ -123,7 +116,7 @@ def test_z_loss_pulls_the_normaliser_to_zero():
 def test_centroids_follow_their_members_on_every_mesh_alike():
     attention = {"selector": "routing", "selection": {"clusters": 4, "top": 8}}
     attention |= {"block_q": 16, "block_kv": 16}
-    model = {**LEAST["model"], "attention": attention, "depth": 2}
+    model = {**toy.LEAST["model"], "attention": attention, "depth": 2}
     mesh = {"data": 1, "fsdp": 2, "tensor": 2, "context": 2}
 
     def centroids(devices=None, **changes):

@@ -46,6 +46,17 @@ TOY = {
     "train": {"steps": 20, "log_every": 2, "eval_every": 4, "save_every": 4},
 }
 
+# What concerns the step and not its layers is seen in the least of models.
+LEAST = {
+    "model": {
+        "depth": 1,
+        "ffn": {"kind": "gated", "hidden": 16},
+        "memory": None,
+        "memory_layers": (),
+    },
+    "masked": None,
+}
+
 
 def toy(**changes):
     """The toy config; ``section={field: value}`` updates a section."""
