@@ -21,6 +21,7 @@ __all__ = [
     "BATCH",
     "MESH_AXES",
     "PARAMETERS",
+    "alike",
     "axis",
     "constrain",
     "parameter_spec",
@@ -158,3 +159,23 @@ def per_shard(
     return jax.shard_map(
         function, in_specs=specs(inputs), out_specs=specs(outputs), check_vma=True
     )
+
+
+def alike(start: Any, *trees: Any) -> Any:
+    """Mark arrays as varying over every mesh axis that one of them varies over.
+
+    Args:
+        start: tree of arrays to mark.
+        trees: others that they must be like, such as a loop's inputs.
+    """
+
+    def varying(x: Any) -> frozenset[str]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    arrays = (x for x in jax.tree.leaves((start, trees)) if hasattr(x, "dtype"))
+    names = frozenset().union(*map(varying, arrays))
+
+    def mark(x: Any) -> Any:
+        return jax.lax.pcast(x, tuple(names - varying(x)), to="varying")
+
+    return jax.tree.map(mark, start)

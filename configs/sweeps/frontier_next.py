@@ -1,19 +1,20 @@
-"""One run larger than all of ``frontier_small``, with more tokens: it was predicted.
+"""One run of a kind, larger than all of ``frontier``, with more tokens: predicted.
 
     python sweep.py --config=configs/sweeps/frontier_next.py
 
-A minute or two on two CPU cores; docs/scaling.md has the prediction and what came.
+docs/scaling.md has the predictions, made before, and what came.
 """
 
-from configs.sweeps import frontier, frontier_small
+from configs.sweeps import frontier
 from sparsejax.sweep import Sweep, product, token_budgets, variants
 
 
 def get_sweep() -> Sweep:
-    """Half as wide again, and twice the tokens, as the largest run that was fitted."""
+    """A third as wide again, and twice the tokens, as the largest that were fitted."""
+    kinds = ("dense", "32 experts", "75 % masked")
     axes = product(
-        variants("kind", {"dense": {}}),
-        variants("size", {"96": {"model.width": 96}}),
-        token_budgets([8e5]),
+        variants("kind", {kind: frontier.KINDS[kind] for kind in kinds}),
+        variants("size", {"128": {"model.width": 128}}),
+        token_budgets([2e6]),
     )
-    return Sweep(base=frontier_small.base(), axes=axes, rules=frontier.RULES)
+    return Sweep(base=frontier.base(), axes=axes, rules=frontier.RULES)

@@ -13,7 +13,6 @@ from sparsejax.attention.attended import Attended
 from sparsejax.attention.rows import (
     FLOOR,
     Inputs,
-    alike,
     backward_rows,
     key_segments,
     pad,
@@ -22,6 +21,7 @@ from sparsejax.attention.rows import (
     taken,
     visible,
 )
+from sparsejax.partition import alike
 from sparsejax.typing import Array
 
 __all__ = ["backward", "forward"]

@@ -18,7 +18,6 @@ from sparsejax.attention.rows import (
     FLOOR,
     Inputs,
     Row,
-    alike,
     backward_rows,
     beside,
     key_segments,
@@ -27,6 +26,7 @@ from sparsejax.attention.rows import (
     taken,
     visible,
 )
+from sparsejax.partition import alike
 from sparsejax.typing import Array
 
 __all__ = ["backward", "forward"]

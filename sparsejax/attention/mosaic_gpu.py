@@ -20,8 +20,8 @@ from pallas_kernels import gpu
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.restrict import restrict
-from sparsejax.attention.rows import alike
 from sparsejax.compat import HAS_MOSAIC_GPU
+from sparsejax.partition import alike
 from sparsejax.typing import Array, Float
 
 __all__ = ["mosaic_gpu", "obstacle"]

@@ -20,9 +20,8 @@ from sparsejax.attention import lists as ls
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.restrict import restrict
-from sparsejax.attention.rows import alike
 from sparsejax.attention.tpu_plan import SUBLANES, Plan, pad, plan_of
-from sparsejax.partition import platform
+from sparsejax.partition import alike, platform
 from sparsejax.typing import Array, Float
 
 __all__ = ["mosaic_tpu"]

@@ -19,7 +19,7 @@ from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.typing import Array
 
-__all__ = ["FLOOR", "Inputs", "Layout", "Row", "Score", "alike", "pad", "product"]
+__all__ = ["FLOOR", "Inputs", "Layout", "Row", "Score", "pad", "product"]
 
 FLOOR = -1e30  # where a running maximum starts: finite, so that exp(-inf - m) is 0
 
@@ -276,20 +276,6 @@ def taken(table: Row, n: Array) -> Row:
 def product(a: Array, b: Array, spec: str) -> Array:
     """Multiply with sums in float32."""
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def alike(start: Any, *trees: Any) -> Any:
-    """Mark constants as varying over the mesh axes over which any input varies."""
-    names = set()
-    for x in jax.tree.leaves(trees):
-        if hasattr(x, "dtype"):
-            names |= jax.typeof(x).manual_axis_type.varying
-    return jax.tree.map(
-        lambda x: jax.lax.pcast(
-            x, tuple(names - jax.typeof(x).manual_axis_type.varying), to="varying"
-        ),
-        start,
-    )
 
 
 def beside(blocks: Array) -> Array:

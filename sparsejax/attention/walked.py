@@ -21,13 +21,13 @@ from sparsejax.attention.rows import (
     FLOOR,
     Inputs,
     Row,
-    alike,
     backward_rows,
     beside,
     key_segments,
     product,
     table,
 )
+from sparsejax.partition import alike
 from sparsejax.typing import Array
 
 __all__ = ["backward", "forward", "strides"]

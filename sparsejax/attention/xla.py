@@ -20,7 +20,8 @@ from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.reference import reference
 from sparsejax.attention.restrict import restrict
-from sparsejax.attention.rows import Inputs, Score, alike, gradients
+from sparsejax.attention.rows import Inputs, Score, gradients
+from sparsejax.partition import alike
 from sparsejax.typing import Array, Float
 
 __all__ = ["xla"]

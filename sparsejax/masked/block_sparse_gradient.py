@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from sparsejax.partition import alike
 from sparsejax.typing import Array, Int
 
-__all__ = ["Lists", "alike", "differentiable"]
+__all__ = ["Lists", "differentiable"]
 
 
 class Lists(NamedTuple):
@@ -59,14 +59,4 @@ def differentiable(by_weights: ByWeights, by_rows: ByRows) -> Callable[..., Arra
         return dx, by_rows(x, dy, rows, columns, grid), None, None
 
     product.defvjp(forward, backward)
-    return lambda *given: product(*alike(*given[:4]), given[4])
-
-
-def alike(*arrays: Array) -> tuple[Array, ...]:
-    """Mark all arrays as varying over every mesh axis that one of them varies over."""
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    union = frozenset().union(*varying)
-    return tuple(
-        lax.pcast(a, tuple(union - mine), to="varying")
-        for a, mine in zip(arrays, varying, strict=True)
-    )
+    return lambda *given: product(*alike(given[:4]), given[4])

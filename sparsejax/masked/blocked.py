@@ -21,10 +21,9 @@ from jax import lax
 
 from sparsejax import masked
 from sparsejax.masked.block_sparse import BlockSparse, block_sparse_matmul
-from sparsejax.masked.block_sparse_gradient import alike
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.plan import Target
-from sparsejax.partition import ACTIVATIONS, axis, per_shard
+from sparsejax.partition import ACTIVATIONS, alike, axis, per_shard
 from sparsejax.typing import Array, Bool, Float
 
 # Share of live blocks above which a dense product of the masked weight is faster.
@@ -101,7 +100,7 @@ class Blocked:
 
     def _product(self, x: Array, weight: Array, live: Array, whole: Any) -> Array:
         rows, most = x.reshape(-1, x.shape[-1]), min(self.capacity, live.size)
-        y = _multiplied(most, *alike(rows, weight), live, whole)
+        y = _multiplied(most, *alike((rows, weight)), live, whole)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -4,26 +4,16 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax import lax
 
+from sparsejax.partition import alike
 from sparsejax.typing import Array
 
-__all__ = ["alike", "differentiable"]
+__all__ = ["differentiable"]
 
 # ``(rows, w, group_sizes, contract=axis)``: rows by their group's weight, contracting
 # axis 0 or 1 of it; and ``(x, dy, group_sizes)``: ``x.T @ dy`` of each group.
 ByWeights = Callable[..., Array]
 ByRows = Callable[[Array, Array, Array], Array]
-
-
-def alike(*arrays: Array) -> tuple[Array, ...]:
-    """Mark all arrays as varying over every mesh axis that one of them varies over."""
-    varying = [jax.typeof(a).manual_axis_type.varying for a in arrays]
-    union = frozenset().union(*varying)
-    return tuple(
-        lax.pcast(a, tuple(union - mine), to="varying")
-        for a, mine in zip(arrays, varying, strict=True)
-    )
 
 
 def differentiable(by_weights: ByWeights, by_rows: ByRows) -> Callable[..., Array]:
@@ -42,4 +32,4 @@ def differentiable(by_weights: ByWeights, by_rows: ByRows) -> Callable[..., Arra
         return dx, by_rows(x, dy, group_sizes), None
 
     product.defvjp(forward, backward)
-    return lambda *operands: product(*alike(*operands))
+    return lambda *operands: product(*alike(operands))
