@@ -10,7 +10,7 @@ from configs import dense
 from sparsejax.sweep import Sweep, product, token_budgets, variants
 
 SIZES = {str(width): {"model.width": width} for width in (32, 48, 64, 96)}
-BUDGETS = (2.5e5, 5e5, 1e6)
+BUDGETS = (1.25e5, 2.5e5, 5e5)
 MEMORY = {
     "kind": "product_key",
     "sub_keys": 64,
@@ -82,10 +82,11 @@ RULES = (hidden, rate, pruning, pace)
 
 
 def base():
-    """The dense config with two layers and short rows."""
+    """The dense config with two layers and small batches: more steps for a token."""
     config = dense.get_config()
     config.model.depth, config.model.heads, config.model.kv_heads = 2, 2, 1
-    config.data.seq_len = 128
+    config.data.seq_len, config.data.batch_size = 128, 4
+    config.train.eval_batches = 48
     return config
 
 

@@ -1,4 +1,4 @@
-"""One run of a kind, larger than all of ``frontier``, with more tokens: predicted.
+"""Three runs, larger than all of ``frontier``, with more tokens: predicted.
 
     python sweep.py --config=configs/sweeps/frontier_next.py
 
@@ -15,6 +15,6 @@ def get_sweep() -> Sweep:
     axes = product(
         variants("kind", {kind: frontier.KINDS[kind] for kind in kinds}),
         variants("size", {"128": {"model.width": 128}}),
-        token_budgets([2e6]),
+        token_budgets([1e6]),
     )
     return Sweep(base=frontier.base(), axes=axes, rules=frontier.RULES)
