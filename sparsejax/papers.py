@@ -282,8 +282,12 @@ def _status(own: list[Test]) -> str:
 
 def _mirrors(test: Test, module: str) -> bool:
     """Whether a test's file imports from the part of the package a module is in."""
-    part = ".".join(module.split(".")[:2])
-    return any(f"{i}.".startswith(f"{part}.") for i in test.imports)
+    return _imported(test.imports, ".".join(module.split(".")[:2]))
+
+
+@functools.cache
+def _imported(imports: frozenset[str], part: str) -> bool:
+    return any(f"{i}.".startswith(f"{part}.") for i in imports)
 
 
 def _names(name: str, tree: ast.Module) -> set[str]:

@@ -25,9 +25,14 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# No test reads where an operation was written; telling it takes a tenth of a compile.
+jax.config.update("jax_traceback_in_locations_limit", 0)
 if cache := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+# Traces are millions of objects, few of them garbage.
+gc.set_threshold(100_000, 20, 20)
 
 hypothesis.settings.register_profile(
     "tests", derandomize=True, deadline=None, max_examples=20, database=None

@@ -15,16 +15,14 @@ from sparsejax.sample import load
 from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.loop import train
 from sparsejax.tree import leaves
-from tests.train.toy import toy
+from tests.train.toy import LEAST, toy
 
 
 @pytest.fixture(scope="module")
 def dense_run(tmp_path_factory):
     """Three steps of a dense model."""
     config = toy(
-        model={"ffn": {"kind": "gated", "hidden": 16}, "memory": None,
-               "memory_layers": ()},
-        masked=None,
+        **LEAST,
         train={"steps": 3, "eval_every": 3, "save_every": 3, "log_every": 1,
                "eval_batches": 1, "sample_tokens": 2},
     )  # fmt: skip

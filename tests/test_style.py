@@ -182,7 +182,7 @@ RULES = {
     citations: ("sparsejax/a.py", '"""One.\n\nSource: Evci 2019, Alg. 1\n"""'),
     config_notes: ("configs/a.py", '"""A note."""\ndef get_config(): 0'),
     version_questions: ("sparsejax/a.py", "old = jax.__version_info__ < (1, 2)"),
-    foreign_letters: ("sparsejax/a.py", "x: Float[Array, 'b z d']"),
+    foreign_letters: ("sparsejax/a.py", "x: Float[Array, 'b y d']"),
     terse_tests: ("tests/test_a.py", "def test_bag(): assert f()"),
 }
 CODE = (*PACKAGES, "configs", "tests", "train.py", "sweep.py")

@@ -43,6 +43,7 @@ def test_a_key_convolution_sees_the_last_keys_of_its_channel(key):
         np.testing.assert_allclose(found[0, t], k[0, t] + jax.nn.silu(total), **CLOSE)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("steps", [[5, 18], [1, 2, 3, 20]])
 def test_a_key_convolution_is_the_same_in_a_cache(steps, key):
     model, x = convolved("moba"), jax.random.normal(key, (2, T, WIDTH))

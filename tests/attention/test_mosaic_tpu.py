@@ -76,7 +76,7 @@ MASKS = {
     ).coarsened(8),
 }
 # One of each kind; the others are the same kernel again, compiled for seconds.
-VARIED = {"blocks", "grants", "heads", "uneven"}
+VARIED = {"blocks", "grants", "heads"}
 SEGMENTS = Segments(
     jnp.stack([packed(22, 3, 9, 20), packed(22, 0, 22, 22)]),
     jnp.stack([packed(29, 5, 11, 25), packed(29, 0, 30, 30)]),

@@ -189,7 +189,7 @@ def by_definition(name, key, *, more=False, **heads):
 EXTRAS = {"causal", "heads", "dense_batch", "coarse", "lists", "tokens"}
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(6)
 @pytest.mark.parametrize("name", sorted({*MASKS} - EXTRAS | {"causal"}))
 def test_xla_equals_the_reference(name, path):
     x, _, expected = by_definition(name, 0)

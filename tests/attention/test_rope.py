@@ -97,12 +97,21 @@ def test_yarn_scaling_mixes_by_channel_and_amplifies():
     np.testing.assert_allclose(amplitude, 1 + 0.1 * np.log(4), rtol=1e-6)
 
 
+def test_a_growth_of_all_channels_is_taken_from_the_rotated_ones():
+    scaling = YarnScaling(factor=40.0, trained=64, mscale=0.7, mscale_all=1.0)
+    grown = [1 + 0.1 * share * np.log(40) for share in (0.7, 1.0)]
+    np.testing.assert_allclose(scaling.amplitude, grown[0] / grown[1], rtol=1e-6)
+    np.testing.assert_allclose(scaling.logit_gain, grown[1] ** 2, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "given"),
     [
         (LinearScaling, {"factor": 0.5}),
         (Llama3Scaling, {"factor": 8.0, "low": 4.0, "high": 4.0}),
         (YarnScaling, {"factor": 8.0, "trained": 0}),
+        (YarnScaling, {"factor": 8.0, "trained": 64, "mscale": 1.0}),
+        (YarnScaling, {"factor": 8.0, "trained": 64, "mscale": 1.0, "mscale_all": 0.0}),
     ],
 )
 def test_a_scaling_that_cannot_be_is_named(kind, given):

@@ -53,7 +53,7 @@ def test_every_selector_is_tested():
     assert set(SOME) == set(ALL) == set(ONE) == set(METHODS)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_budget_of_everything_is_dense_attention(name, key):
     x = jax.random.normal(key, (2, T, WIDTH))
@@ -64,7 +64,7 @@ def test_a_budget_of_everything_is_dense_attention(name, key):
     np.testing.assert_allclose(value(found, x), value(dense, x), **CLOSE)
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", CHOOSING)
 def test_a_smaller_budget_leaves_something_out(name, key):
     x = 3 * jax.random.normal(key, (2, T, WIDTH))
@@ -130,7 +130,7 @@ def test_permuting_the_batch_permutes_the_output(name, key):
     np.testing.assert_allclose(value(model, x[::-1]), value(model, x)[::-1], **CLOSE)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", CAUSAL)
 def test_documents_do_not_learn_of_each_other(name, key):
     model, x = layer(name), jax.random.normal(key, (1, T, WIDTH))
@@ -182,7 +182,7 @@ def test_any_mesh_gives_the_values_and_gradients_of_one_device(name, shape):
     assert_alike(found, expected)
 
 
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_gradients_are_those_of_the_reference(name):
     assert_alike(slopes(name), slopes(name, "reference"))
@@ -204,6 +204,7 @@ def test_every_pure_selector_is_called():
     assert set(CALLS) == set(SELECTORS)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_the_error_is_the_dropped_mass_times_the_distance_of_the_means(name, key):
     q, k, v = arrays(key)

@@ -133,6 +133,7 @@ def history(name, products):
     return seen, len(traces)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", sorted(RUNS))
 def test_a_run_with_blocks_is_the_run_under_masks(name):
     for one, other in zip(

@@ -119,6 +119,7 @@ def test_slope_in_any_direction_is_the_difference_quotient(config, key):
     np.testing.assert_allclose(sum(jax.tree.leaves(found)), quotient, rtol=2e-2)
 
 
+@pytest.mark.few(2)
 @every_kind
 def test_bfloat16_input_errs_by_its_own_rounding_only(config, key):
     graph, state = build(config)

@@ -90,7 +90,7 @@ def assert_right(key, name, sizes, *, poisoned=True):
         assert dw[g].any() == (size > 0)
 
 
-@pytest.mark.few(8)
+@pytest.mark.few(5)
 @runs
 @pytest.mark.parametrize("live", PATTERNS, ids=str)
 def test_every_pattern_of_empty_groups_is_right_with_its_gradients(key, name, live):

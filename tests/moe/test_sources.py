@@ -54,7 +54,7 @@ def run(moe, x=None, key=None, **more):
     return call(state, x)
 
 
-@pytest.mark.few(6)
+@pytest.mark.few(4)
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_a_layer_trains_two_steps_with_every_router(router, tables):
     """Everything that a router reads moves; nothing else is there to move."""

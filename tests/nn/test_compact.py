@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.attention import AttentionConfig
+from sparsejax.attention import AttentionConfig, LatentConfig
 from sparsejax.masked import FanIn
 from sparsejax.moe import MoEConfig
 from sparsejax.nn import GatedConfig, ModelConfig, Transformer, by_fan_in, compact
@@ -69,6 +69,7 @@ def logits(model):
     return run(state)[..., :32]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("config", "holes", "sizes"),
     [
@@ -128,6 +129,13 @@ def test_heads_that_others_depend_on_stay(change):
     attention = dataclasses.replace(CONFIG.attention, learned_sinks=False, **change)
     model = emptied(dataclasses.replace(CONFIG, attention=attention), HEADS)
     assert compact(model).config.heads == 8
+
+
+def test_heads_of_latent_attention_stay():
+    latent = LatentConfig(kv_rank=4, plain_width=2, rotated_width=2, value_width=2)
+    attention = dataclasses.replace(CONFIG.attention, latent=latent)
+    config = dataclasses.replace(CONFIG, attention=attention, kv_heads=8)
+    assert compact(emptied(config, [HEADS[1]])).config == config
 
 
 def test_a_model_by_fan_in_has_the_same_outputs(monkeypatch):

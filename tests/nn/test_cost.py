@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sparsejax.attention import AttentionConfig
+from sparsejax.attention import AttentionConfig, LatentConfig
 from sparsejax.memory import MemoryConfig
 from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
@@ -44,6 +44,21 @@ def test_useful_flops_are_six_a_parameter_and_those_of_attention():
     pairs = LENGTH * (LENGTH + 1) / 2
     attention = 3 * 2 * 4 * H * C * pairs / LENGTH
     assert counted().useful_flops == pytest.approx(6 * DENSE + attention)
+
+
+def test_latent_attention_costs_its_narrow_products_and_pairs_of_two_widths():
+    latent = LatentConfig(
+        kv_rank=10, query_rank=6, plain_width=5, rotated_width=4, value_width=7
+    )
+    attention = AttentionConfig(block_q=16, block_kv=16, qk_norm=False, latent=latent)
+    found = counted(attention=attention, kv_heads=H)
+    queries, keys = D * 6 + 6 * H * (5 + 4), D * (10 + 4) + 10 * H * (5 + 7)
+    total = 2 * (queries + keys + H * 7 * D + 3 * D * F) + NORMS + 64 * D
+    assert found.total == total
+    assert found.active == pytest.approx(total)
+    pairs = LENGTH * (LENGTH + 1) / 2
+    meeting = 3 * 2 * 2 * H * (5 + 4 + 7) * pairs / LENGTH
+    assert found.useful_flops == pytest.approx(6 * total + meeting)
 
 
 def test_a_token_uses_its_experts_only():

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from sparsejax.attention import AttentionConfig
-from sparsejax.moe import MoEConfig
 from sparsejax.nn.config import GatedConfig, ModelConfig
 from sparsejax.nn.decoder import Decoder, Whole
 from sparsejax.nn.generate import draw, generate, nucleus, stream
@@ -121,11 +120,7 @@ def test_more_tokens_than_the_model_is_made_for_are_refused(model):
 def test_layers_one_by_one_are_the_whole_model(model):
     window = {"pattern": "sliding_window", "arguments": {"window": 3}}
     attention = AttentionConfig(block_q=8, block_kv=8, dense_every=2, **window)
-    changes = {
-        "attention": attention,
-        "ffn": MoEConfig(experts=4, per_token=2, hidden=16),
-    }
-    config = dataclasses.replace(model.config, depth=4, **changes)
+    config = dataclasses.replace(model.config, depth=4, attention=attention)
     model = Transformer(config, VOCABULARY, rngs=nnx.Rngs(1))
     ids = jax.random.randint(jax.random.key(3), (2, 7), 0, VOCABULARY)
     found = []

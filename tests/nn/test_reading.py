@@ -40,6 +40,7 @@ def tokens():
     return jax.random.randint(jax.random.key(1), (ROWS, LENGTH), 0, VOCABULARY)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_look_is_the_models_own_forward_in_parts(name, tokens):
     model = model_of(**MODELS[name])

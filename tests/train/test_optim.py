@@ -238,6 +238,7 @@ def test_muon_leaves_tables_routers_norms_and_biases_to_adamw(path):
         ("d f", ((0,), (1,))),
         ("l e d f", ((2,), (3,))),
         ("l h c d", ((1, 2), (3,))),
+        ("l z h c", ((1,), (2, 3))),
         ("d g c", ((0,), (1, 2))),
         ("h c", None),
         ("l g c", None),

@@ -46,6 +46,7 @@ def test_documents_in_a_block_have_means_of_their_own(key):
     np.testing.assert_array_equal(after, before)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("name", ["moba", "dsa"])
 def test_kernels_take_the_lists_of_queries_in_larger_blocks(name, key):
     x = jax.random.normal(key, (1, T, WIDTH))

@@ -62,6 +62,7 @@ def test_a_slot_given_back_too_early_is_found(key, monkeypatch):
         run()
 
 
+@pytest.mark.slow  # all that it calls is tested above
 @runs
 def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
     grouped_check.main(["--tiny"])

@@ -71,6 +71,7 @@ def test_a_tile_read_before_it_came_is_found(key, monkeypatch):
         run("forward", key)
 
 
+@pytest.mark.slow  # all that it calls is tested above
 @runs
 def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
     check.main(["--tiny"])
