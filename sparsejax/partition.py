@@ -49,7 +49,12 @@ ACTIVATIONS: Rules = {
     "v": ("tensor",),
     "e": ("expert",),
 }
-PARAMETERS: Rules = {**ACTIVATIONS, "d": ("fsdp",), "m": ("tensor",)}
+PARAMETERS: Rules = {
+    **ACTIVATIONS,
+    "d": ("fsdp",),
+    "z": ("fsdp",),
+    "m": ("tensor",),
+}
 
 
 def spec(axes: str, rules: Rules = ACTIVATIONS) -> PartitionSpec:

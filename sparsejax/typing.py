@@ -40,6 +40,7 @@ ALPHABET = {
     "r": "sub-keys per half of a product key",
     "v": "vocabulary",
     "l": "layers",
+    "z": "latent channels",
 }
 
 

@@ -2,7 +2,8 @@
 
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.block_patterns import bigbird, in_blocks, power_attention
-from sparsejax.attention.config import PATTERNS, AttentionConfig
+from sparsejax.attention.config import PATTERNS, AttentionConfig, LatentConfig
+from sparsejax.attention.latent import LatentAttention
 from sparsejax.attention.layer import Attention, Cache, empty_cache
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.operation import (
@@ -49,6 +50,8 @@ __all__ = [
     "BlockMask",
     "Cache",
     "Centroids",
+    "LatentAttention",
+    "LatentConfig",
     "Pattern",
     "Segments",
     "Sizes",

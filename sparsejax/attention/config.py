@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from sparsejax.attention.block_patterns import bigbird, power_attention
 from sparsejax.attention.operation import IMPLEMENTATIONS
@@ -28,7 +28,7 @@ from sparsejax.attention.video_patterns import (
 )
 from sparsejax.config import ConfigError, FieldError, choose, convert, near, require
 
-__all__ = ["PATTERNS", "AttentionConfig"]
+__all__ = ["PATTERNS", "AttentionConfig", "LatentConfig"]
 
 PATTERNS: dict[str, Callable[..., Pattern]] = {
     "bigbird": bigbird,
@@ -52,6 +52,37 @@ Argument = bool | int | float | str | None
 
 
 @dataclass(frozen=True, kw_only=True)
+class LatentConfig:
+    """Widths where keys and values of all heads come of one narrow vector a token.
+
+    A cache keeps that vector, and one rotated key for all heads.
+    """
+
+    kv_rank: int  # of that vector
+    query_rank: int | None = None  # of another, for queries; none to make them directly
+    plain_width: int  # channels of a head's queries and keys that see no position
+    rotated_width: int  # those that do
+    value_width: int  # channels of a head's values
+    interleaved: bool = False  # neighbouring channels turn together
+
+    def __post_init__(self) -> None:
+        for name in ("kv_rank", "plain_width", "rotated_width", "value_width"):
+            value = getattr(self, name)
+            require(value > 0, name, value, "must be positive")
+        rank, turned = self.query_rank, self.rotated_width
+        rule = "must be positive; or none, to make queries directly"
+        require(rank is None or rank > 0, "query_rank", rank, rule)
+        require(turned % 2 == 0, "rotated_width", turned, "must be even: pairs turn")
+
+
+class Widths(NamedTuple):
+    """Channels of a head."""
+
+    keys: int
+    values: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """How a layer attends.
 
@@ -59,7 +90,8 @@ class AttentionConfig:
     ``selector`` lets the data decide what is read of that, and ``selection`` has its
     arguments where they differ from the defaults of its options. Blocks
     are in tokens. ``dense_every`` makes every n-th layer of a model plainly causal; 0
-    for none. ``head_width`` is the model's width over its heads by default.
+    for none. ``head_width`` is the model's width over its heads by default. With
+    ``latent``, keys and values are made of one narrow vector a token.
     """
 
     pattern: str = "causal"
@@ -69,6 +101,7 @@ class AttentionConfig:
     block_q: int = 128
     block_kv: int = 128
     head_width: int | None = None
+    latent: LatentConfig | None = None
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     qk_norm: bool = True  # root-mean-square norm of queries and keys
@@ -99,6 +132,7 @@ class AttentionConfig:
         if self.implementation is not None:
             choose("implementation", self.implementation, IMPLEMENTATIONS)
         self._check_selector()
+        self._check_latent()
         require(
             self.build().is_causal or not self.causal,
             "pattern",
@@ -111,6 +145,13 @@ class AttentionConfig:
     def build(self) -> Pattern:
         """Give the pattern itself."""
         return PATTERNS[self.pattern](**self.arguments)
+
+    def widths(self, width: int, heads: int) -> Widths:
+        """Say how wide a head is in a model of that width."""
+        if self.latent is None:
+            return Widths(*[self.head_width or width // heads] * 2)
+        keys = self.latent.plain_width + self.latent.rotated_width
+        return Widths(keys, self.latent.value_width)
 
     @property
     def is_causal(self) -> bool:
@@ -149,6 +190,26 @@ class AttentionConfig:
             _ = self.options
         except ConfigError as error:
             raise FieldError(str(error)) from None
+
+    def _check_latent(self) -> None:
+        scaling = self.rope_scaling
+        plain = scaling is None or scaling.logit_gain == 1 or self.latent is not None
+        rule = (
+            "mscale is for channels that are not all rotated; set latent, or no mscale"
+        )
+        require(plain, "rope_scaling", scaling, rule)
+        if self.latent is None:
+            return
+        able = sorted(name for name, method in METHODS.items() if method.latent)
+        fits = self.selector is None or self.selector in able
+        rule = f"does not choose by latent keys; take {', '.join(able)}, or none"
+        require(fits, "selector", self.selector, rule)
+        rule = "is plain_width + rotated_width of latent; leave it none"
+        require(self.head_width is None, "head_width", self.head_width, rule)
+        rule = "convolves keys of heads, and latent keeps none; set it to 0"
+        require(self.key_conv == 0, "key_conv", self.key_conv, rule)
+        rule = "latent norms its narrow vectors, not heads; leave it 'head'"
+        require(self.qk_norm_over == "head", "qk_norm_over", self.qk_norm_over, rule)
 
 
 def _check_arguments(pattern: str, arguments: Mapping[str, int]) -> None:

@@ -81,6 +81,8 @@ class Context(NamedTuple):
     q_offset: Any = 0
     features: dict[str, Array] = {}  # noqa: RUF012  what the mixer asked to keep, "b s …"
     cached: bool = False
+    scale: float | None = None  # of the products; None for the keys' width ** -0.5
+    keys: str = "b s g c"  # axes of keys and values; "b s 1 c" if heads share them
 
     def local(
         self, function: Callable[..., Any], *arrays: Any, axes: tuple, outputs: Any
@@ -134,7 +136,7 @@ class Context(NamedTuple):
         values, density = self.local(
             run,
             *(q, k, v, self.sinks, bias, *extras),
-            axes=("b t h c", "b s g c", "b s g c", *optional, *axes),
+            axes=("b t h c", self.keys, self.keys, *optional, *axes),
             outputs=("b t h c", "b t h"),
         )
         return Mixed(values, {}, {"density": density.mean()})
@@ -152,6 +154,7 @@ class Context(NamedTuple):
             k,
             v,
             mask,
+            scale=self.scale,
             softcap=config.softcap,
             segments=place.segments,
             implementation=config.implementation,

@@ -4,7 +4,9 @@
 multiplies the output projection, because the layer adds to a residual stream. With a
 ``Cache`` the layer reads the keys of earlier calls and returns the cache with its own
 added; without one it sees only the tokens it is given. The mixer is the config's: a
-pattern's, or that of a method in ``selectors``.
+pattern's, or that of a method in ``selectors``. What a layer does around its own
+projections and mixer, for any kind of keys, is in ``given``, ``remembered`` and
+``written``.
 """
 
 import functools
@@ -17,23 +19,32 @@ from jax.core import Tracer
 
 from sparsejax.attention.attended import Segments
 from sparsejax.attention.config import AttentionConfig
-from sparsejax.attention.context import Context
+from sparsejax.attention.context import Context, Mixed
 from sparsejax.attention.key_conv import key_conv
 from sparsejax.attention.rope import head_norm, rope
 from sparsejax.attention.selectors import METHODS, Patterned, Sizes
 from sparsejax.typing import Array, Float, Int, Output
 
-__all__ = ["Attention", "Cache", "empty_cache"]
+__all__ = [
+    "Attention",
+    "Cache",
+    "empty_cache",
+    "given",
+    "mixer_of",
+    "remembered",
+    "written",
+]
 
 
 class Cache(NamedTuple):
     """Keys and values of the tokens so far, in front of room for more.
 
-    Heads come first: a product of one query with all keys then moves nothing.
+    Heads come first: a product of one query with all keys then moves nothing. Latent
+    attention has one head of keys, and values that it makes of them.
     """
 
     keys: Float[Array, "b g s c"]
-    values: Float[Array, "b g s c"]
+    values: Float[Array, "b g s c"] | None
     length: Int[Array, ""]  # how many are filled
     features: dict[str, Array] = {}  # noqa: RUF012  what the mixer keeps, "b s …"
     recent: Any = None  # raw keys "b w g c" that a convolution still needs
@@ -50,7 +61,7 @@ class Cache(NamedTuple):
         return cls(zeros, zeros, jnp.zeros((), "int32"))
 
     def extended(
-        self, keys: Array, values: Array, features: dict[str, Array]
+        self, keys: Array, values: Array | None, features: dict[str, Array]
     ) -> "Cache":
         """Add tokens, "b t g c"; the caller sees to it that they fit."""
 
@@ -61,7 +72,8 @@ class Cache(NamedTuple):
 
         tokens = keys.shape[1]
         keys = put(2, self.keys, keys.swapaxes(1, 2))
-        values = put(2, self.values, values.swapaxes(1, 2))
+        if self.values is not None and values is not None:
+            values = put(2, self.values, values.swapaxes(1, 2))
         along = functools.partial(put, 1)
         features = jax.tree.map(along, self.features, features)
         length = self.length + tokens
@@ -85,8 +97,10 @@ class Attention(nnx.Module):
             raise ValueError(
                 f"heads={heads}: must be a multiple of kv_heads={kv_heads}"
             )
+        if config.latent is not None:
+            raise ValueError("config.latent is given: build a LatentAttention")
         self.config = config
-        c = config.head_width or width // heads
+        c = config.widths(width, heads).keys
         init = jax.random.normal
         scale, out = width**-0.5, init_scale * (heads * c) ** -0.5
         self.query = nnx.Param(
@@ -106,7 +120,7 @@ class Attention(nnx.Module):
         self.sinks = (
             nnx.Param(jnp.zeros(heads), axes="h") if config.learned_sinks else None
         )
-        self.mixer = _mixer(config, Sizes(width, heads, kv_heads, c), rngs=rngs)
+        self.mixer = mixer_of(config, Sizes(width, heads, kv_heads, c), rngs=rngs)
 
     def _extras(self, heads: int, kv_heads: int, c: int, width: int) -> None:
         """Make the norms and biases that the config asks for: ones, and zeros."""
@@ -145,33 +159,12 @@ class Attention(nnx.Module):
         """
         recent = None if cache is None else cache.recent
         q, k, v, recent = self._project(x, positions, segments, recent)
-        features = self.mixer.features(x, positions)
-        context = Context(
-            config=self.config,
-            positions=positions,
-            sinks=None if self.sinks is None else self.sinks[...],
-            segments=None if segments is None else Segments(segments, segments),
-            features=features,
-        )
+        context = given(self, x, positions, segments)
         if cache is not None:
-            _check_cache(cache, x.shape[1], segments, self.config)
-            offset, cache = cache.length, cache.extended(k, v, features)
-            cache = cache._replace(recent=recent)
-            k, v = (
-                a.swapaxes(1, 2).astype(x.dtype) for a in (cache.keys, cache.values)
-            )
-            context = context._replace(
-                q_offset=offset, features=cache.features, cached=True
-            )
-        mixed = self.mixer(q, k, v, x, context)
-        values = mixed.values
-        if cache is not None:
-            values = jnp.where(cache.length <= k.shape[1], values, jnp.nan)
-        # Not einsum: it sums over c before h, for which XLA would move the weights.
-        out = jnp.tensordot(values, self.out[...].astype(x.dtype), axes=2)
-        if self.config.out_bias:
-            out = out + self.out_bias[...].astype(x.dtype)[None, None]
-        return Output(out, mixed.losses, mixed.metrics), cache
+            cache, context = remembered(cache._replace(recent=recent), k, v, context)
+            kept = cache.keys, cache.values
+            k, v = (a.swapaxes(1, 2).astype(x.dtype) for a in kept if a is not None)
+        return written(self, self.mixer(q, k, v, x, context), cache), cache
 
     def _project(
         self, x: Array, positions: Array, segments: Any, recent: Any
@@ -203,17 +196,65 @@ class Attention(nnx.Module):
         return q, k, v, recent
 
 
+def given(
+    layer: Any,
+    x: Float[Array, "b t d"],
+    positions: Int[Array, "b t"],
+    segments: Int[Array, "b t"] | None,
+) -> Context:
+    """Say what holds for a call of a layer with ``config``, ``mixer`` and ``sinks``."""
+    return Context(
+        config=layer.config,
+        positions=positions,
+        sinks=None if layer.sinks is None else layer.sinks[...],
+        segments=None if segments is None else Segments(segments, segments),
+        features=layer.mixer.features(x, positions),
+    )
+
+
+def remembered(
+    cache: Cache, keys: Array, values: Array | None, context: Context
+) -> tuple[Cache, Context]:
+    """Add tokens, "b t g c", to a cache, and let the mixer read all that it holds.
+
+    Raises:
+        ValueError: for segments, a pattern that reads the future, or no room.
+    """
+    _check_cache(cache, keys.shape[1], context)
+    longer = cache.extended(keys, values, context.features)
+    context = context._replace(
+        q_offset=cache.length, features=longer.features, cached=True
+    )
+    return longer, context
+
+
+def written(layer: Any, mixed: Mixed, cache: Cache | None) -> Output:
+    """Project what a mixer returns by the layer's ``out``; NaN if the cache is over."""
+    values = mixed.values
+    if cache is not None:
+        values = jnp.where(cache.length <= cache.keys.shape[2], values, jnp.nan)
+    # Not einsum: it sums over c before h, for which XLA would move the weights.
+    out = jnp.tensordot(values, layer.out[...].astype(values.dtype), axes=2)
+    if layer.config.out_bias:
+        out = out + layer.out_bias[...].astype(values.dtype)[None, None]
+    return Output(out, mixed.losses, mixed.metrics)
+
+
 def empty_cache(
     config: AttentionConfig, sizes: Sizes, batch: int, capacity: int, *, dtype: Any
 ) -> Cache:
     """Give a cache with room for ``capacity`` tokens and what the mixer keeps."""
 
     def features() -> dict[str, Array]:
-        mixer = _mixer(config, sizes, rngs=nnx.Rngs(0))
+        mixer = mixer_of(config, sizes, rngs=nnx.Rngs(0))
         x = jnp.zeros((batch, capacity, sizes.width), dtype)
         return mixer.features(x, jnp.zeros(x.shape[:2], "int32"))
 
     kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(features))
+    if config.latent is not None:
+        c = config.latent.kv_rank + config.latent.rotated_width
+        cache = Cache.empty(batch, capacity, 1, c, dtype=dtype)
+        return cache._replace(values=None, features=kept)
     c = sizes.head_width
     cache = Cache.empty(batch, capacity, sizes.kv_heads, c, dtype=dtype)
     edge = max(0, config.key_conv - 1)
@@ -222,16 +263,16 @@ def empty_cache(
     return cache._replace(features=kept, recent=recent)
 
 
-def _mixer(config: AttentionConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> Any:
+def mixer_of(config: AttentionConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> Any:
+    """Build the mixer of a config."""
     if config.selector is None:
         return Patterned()
     return METHODS[config.selector].build(config, sizes, rngs=rngs)
 
 
-def _check_cache(
-    cache: Cache, tokens: int, segments: Array | None, config: AttentionConfig
-) -> None:
-    if segments is not None:
+def _check_cache(cache: Cache, tokens: int, context: Context) -> None:
+    config = context.config
+    if context.segments is not None:
         raise ValueError(
             "cache and segments exclude each other; give each document its own cache"
         )

@@ -1,8 +1,9 @@
 """Rotary embedding beyond the trained length: slower rates, and an amplitude.
 
 A scaling is a frozen dataclass with ``rates(turns, theta)``, which gives the rates of
-``theta`` for longer texts, and ``amplitude``, which multiplies every rotated query and
-key. Rates are in turns a position, the fastest first.
+``theta`` for longer texts, ``amplitude``, which multiplies every rotated query and key,
+and ``logit_gain``, which multiplies the logits of latent attention, where not all
+channels are rotated. Rates are in turns a position, the fastest first.
 """
 
 import math
@@ -32,6 +33,11 @@ class LinearScaling:
 
     @property
     def amplitude(self) -> float:
+        """Nothing is amplified."""
+        return 1.0
+
+    @property
+    def logit_gain(self) -> float:
         """Nothing is amplified."""
         return 1.0
 
@@ -66,6 +72,11 @@ class Llama3Scaling:
         """Nothing is amplified."""
         return 1.0
 
+    @property
+    def logit_gain(self) -> float:
+        """Nothing is amplified."""
+        return 1.0
+
     def rates(self, turns: Float[Array, " c"], theta: float) -> Float[Array, " c"]:
         """Mix kept and divided rates by the turns in the trained length."""
         del theta
@@ -85,6 +96,9 @@ class YarnScaling:
     Attributes:
         truncate: whether the mixing begins and ends at whole channels.
         gain: the amplitude, if it is not the default.
+        mscale: where only a part of the channels is rotated, as DeepSeek has it: the
+            amplitude is ``1 + 0.1 mscale ln factor``, over the same of ``mscale_all``.
+        mscale_all: the logits of all channels grow by the square of that.
 
     Source: Peng et al. 2023, arXiv:2309.00071, Sec. 3.2-3.4.
     """
@@ -96,16 +110,34 @@ class YarnScaling:
     trained: int
     truncate: bool = True
     gain: float | None = None
+    mscale: float | None = None
+    mscale_all: float | None = None
 
     def __post_init__(self) -> None:
         require(self.factor >= 1, "factor", self.factor, "must be at least 1")
         require(self.slow < self.fast, "slow", self.slow, f"below fast={self.fast}")
         require(self.trained > 0, "trained", self.trained, "must be positive")
+        both = self.mscale, self.mscale_all
+        fits = both == (None, None) or all(x is not None and x > 0 for x in both)
+        rule = f"must be positive, together with mscale_all={self.mscale_all}"
+        require(fits, "mscale", self.mscale, f"{rule}; or leave both none")
+
+    def _growth(self, share: float) -> float:
+        return 1 + 0.1 * share * math.log(self.factor)
 
     @property
     def amplitude(self) -> float:
         """What queries and keys are multiplied by."""
-        return 1 + 0.1 * math.log(self.factor) if self.gain is None else self.gain
+        if self.gain is not None:
+            return self.gain
+        if self.mscale is None or self.mscale_all is None:
+            return self._growth(1.0)
+        return self._growth(self.mscale) / self._growth(self.mscale_all)
+
+    @property
+    def logit_gain(self) -> float:
+        """What the logits are multiplied by, besides."""
+        return 1.0 if self.mscale_all is None else self._growth(self.mscale_all) ** 2
 
     def _channel(self, turns: float, theta: float, half: int) -> float:
         """Say which channel pair turns so many times in the trained length."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.attention import Attention, Cache
+from sparsejax.attention import Attention, Cache, LatentAttention
 from sparsejax.memory import MEMORIES
 from sparsejax.moe import ACTIVATIONS, MoE
 from sparsejax.nn.config import GatedConfig, LayerSpec, ModelConfig
@@ -101,7 +101,8 @@ class Block(nnx.Module):
         self.name = feed_forward_name(spec)
         scale = (2 * config.depth) ** -0.5  # keeps the residual stream's variance
         self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
-        self.attention = Attention(
+        attend = Attention if spec.attention.latent is None else LatentAttention
+        self.attention = attend(
             spec.attention,
             config.width,
             config.heads,

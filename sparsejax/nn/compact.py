@@ -33,7 +33,8 @@ def compact(model: Transformer) -> Transformer:
     the fullest needs, and each group of key-value heads equally many query heads. The
     width of the residual stream stays, and so do experts, for a token that chose an
     empty one would choose another; their channels go. Heads stay where a selector
-    chooses by them or where one norm is taken over all of them.
+    chooses by them, where one norm is taken over all of them, and where their keys come
+    of one latent vector.
     """
     found = variables(nnx.state(model))
     config, cuts = model.config, {}
@@ -115,7 +116,8 @@ def _live(found: Mapping[str, Any], parent: str, activation: str) -> Array:
 def _heads(config: ModelConfig, found: Mapping[str, Any]) -> tuple[ModelConfig, Cuts]:
     """Cut key-value heads, and the query heads of each of those that stay."""
     attention = config.attention
-    if attention.selector is not None or attention.qk_norm_over != "head":
+    wide = attention.qk_norm_over != "head" or attention.latent is not None
+    if attention.selector is not None or wide:
         return config, {}
     width, each = config.width // config.heads, config.heads // config.kv_heads
     parents = _parents(found, "/attention/", "out")

@@ -80,11 +80,18 @@ class ModelConfig:
         grouped = self.heads % self.kv_heads == 0
         require(grouped, "kv_heads", self.kv_heads, f"must divide heads={self.heads}")
         require(
-            self.attention.head_width is not None or self.width % self.heads == 0,
+            self.attention.head_width is not None
+            or self.attention.latent is not None
+            or self.width % self.heads == 0,
             "heads",
             self.heads,
             f"must divide width={self.width}; or give attention.head_width",
         )
+        own = self.attention.latent is None or self.kv_heads == self.heads
+        rule = (
+            f"must be heads={self.heads}: with attention.latent each has its own keys"
+        )
+        require(own, "kv_heads", self.kv_heads, rule)
         choose("remat", self.remat, dict.fromkeys(REMAT))
         self._check_memory()
         self._check_dense()

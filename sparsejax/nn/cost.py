@@ -89,7 +89,7 @@ def _work(config: ModelConfig, spec: LayerSpec, length: int) -> Work:
     attention = spec.attention
     if attention.selector is None:
         return Work(live_pairs(_mask(spec, length)), 0.0)
-    width = attention.head_width or config.width // config.heads
+    width = attention.widths(config.width, config.heads).keys
     sizes = Sizes(config.width, config.heads, config.kv_heads, width)
     work = attention.options.work(length, attention.block_kv, sizes)
     if METHODS[attention.selector].patterned:
@@ -139,8 +139,8 @@ def cost(
             useful += size * share * density
     works = [_work(config, config.layer(x), length) for x in range(config.depth)]
     pairs = [work.pairs for work in works]
-    width = config.attention.head_width or config.width // config.heads
-    attention = 4 * config.heads * width * sum(pairs) / length
+    widths = config.attention.widths(config.width, config.heads)
+    attention = 2 * config.heads * sum(widths) * sum(pairs) / length
     choosing = sum(work.choosing for work in works) / length
     return Cost(
         total=total,

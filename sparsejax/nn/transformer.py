@@ -119,7 +119,7 @@ class Transformer(nnx.Module):
     def empty_caches(self, batch: int, capacity: int) -> PyTree:
         """Give caches for ``capacity`` tokens, for every layer."""
         config = self.config
-        width = config.attention.head_width or config.width // config.heads
+        width = config.attention.widths(config.width, config.heads).keys
         sizes = Sizes(config.width, config.heads, config.kv_heads, width)
         dtype = jnp.dtype(config.dtype)
 

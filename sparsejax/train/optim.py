@@ -311,15 +311,15 @@ def _scale_by_path(rates: Mapping[str, float]) -> optax.GradientTransformation:
 
 # Axes whose matrices map one hidden vector to another. Rows of tables and classes
 # (vocabulary, memory slots, a router's experts) are looked up one by one instead.
-_HIDDEN = frozenset("dfhgc")
+_HIDDEN = frozenset("dfhgcz")
 
 
 def _matrix_axes(axes: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Which axes of a parameter are a matrix's inputs and outputs; None: no matrix.
 
     Leading ``l`` and ``e`` stack matrices. The rest must be two hidden axes, ``d`` or
-    ``f`` among them (``h c`` is a bias), or the model width before or after the two
-    axes of all heads: ``d h c``, ``h c d``.
+    ``f`` among them (``h c`` is a bias), or the model width, or a latent one, before or
+    after the two axes of all heads: ``d h c``, ``z h c``, ``h c d``.
     """
     letters = axes.split()
     first = next((i for i, x in enumerate(letters) if x not in "le"), len(letters))
@@ -329,7 +329,7 @@ def _matrix_axes(axes: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         return None
     if len(rest) == 2 and not {"d", "f"}.isdisjoint(rest):
         return index[:1], index[1:]
-    if len(rest) == 3 and rest[0] == "d":
+    if len(rest) == 3 and rest[0] in "dz":
         return index[:1], index[1:]
     if len(rest) == 3 and rest[-1] == "d":
         return index[:2], index[2:]

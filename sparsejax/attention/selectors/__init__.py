@@ -67,10 +67,10 @@ SELECTORS: dict[str, Callable[..., BlockMask]] = {
 METHODS: dict[str, Method] = {
     "biformer": Method(BiFormerOptions, BiFormer, causal=False),
     "dma": Method(DMAOptions, DMA),
-    "dsa": Method(DSAOptions, functools.partial(DSA, dsa_select)),
+    "dsa": Method(DSAOptions, functools.partial(DSA, dsa_select), latent=True),
     "llsa": Method(LLSAOptions, LLSA, causal=False),
-    "misa": Method(MISAOptions, functools.partial(DSA, misa)),
-    "moba": Method(MoBAOptions, functools.partial(Selecting, moba)),
+    "misa": Method(MISAOptions, functools.partial(DSA, misa), latent=True),
+    "moba": Method(MoBAOptions, functools.partial(Selecting, moba), latent=True),
     "nsa": Method(NSAOptions, NSA),
     "persistent_memory": Method(
         PersistentMemoryOptions, PersistentMemory, patterned=True

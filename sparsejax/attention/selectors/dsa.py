@@ -219,10 +219,11 @@ class DSA(nnx.Module):
             return (
                 found.values,
                 listed(mask, q),
-                self._loss(*given, mask, place),
+                self._loss(*given, mask, place, scale=context.scale),
             )
 
-        letters = "b t h c", "b s g c", "b s g c", "b t k c", "b s 1 c", "b t k"
+        keys = context.keys
+        letters = "b t h c", keys, keys, "b t k c", "b s 1 c", "b t k"
         values, density, loss = context.local(
             local,
             *(q, k, v, query, key, weights, context.sinks),
@@ -248,11 +249,13 @@ class DSA(nnx.Module):
         indexer: Any,
         mask: BlockMask,
         place: Place,
+        *,
+        scale: float | None,
     ) -> Float[Array, "b t"]:
         """Divergence for each query, over the chosen keys or over all."""
         (q, k), (query, key, weights) = qk, indexer
         b, _, h, c = q.shape
-        score = Score(c**-0.5, self.config.softcap)
+        score = Score(c**-0.5 if scale is None else scale, self.config.softcap)
         rows = jnp.arange(b)[:, None, None]
 
         def chosen(

@@ -44,6 +44,7 @@ class Method(NamedTuple):
     build: Callable[..., Any]  # (config, sizes, *, rngs) -> mixer
     causal: bool = True  # False if queries read their future
     patterned: bool = False  # whether it reads what the config's pattern lets it
+    latent: bool = False  # whether it chooses alike by keys that all heads share
 
 
 class Mixer(nnx.Module):
