@@ -202,7 +202,7 @@ def _published(decorator: ast.expr) -> str:
 
 
 def _users(root: Path) -> dict[str, set[str]]:
-    """What every config and notebook chooses by name, by path."""
+    """What every config and notebook chooses by name or imports, by path."""
     found = {}
     for path in sorted(root.glob("configs/*.py")):
         nodes = list(ast.walk(_tree(path)))
@@ -218,22 +218,14 @@ def _users(root: Path) -> dict[str, set[str]]:
 
 
 def _named(tree: ast.Module) -> set[str]:
-    """Strings, what is imported from the package, and what its modules are asked for.
-
-    Not methods of other things: ``ax.set`` is no use of ``set_``.
-    """
-    words, foreign = set(), set()
+    """Strings, and what is imported, as ``part.name``: two parts may share a name."""
+    words = set()
     for n in ast.walk(tree):
         if isinstance(n, ast.Constant) and isinstance(n.value, str):
             words.add(n.value)
-        elif isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store):
-            foreign.add(n.id)
-        elif isinstance(n, ast.Import | ast.ImportFrom):
-            ours = getattr(n, "module", n.names[0].name).startswith("sparsejax")
-            (words if ours else foreign).update(a.asname or a.name for a in n.names)
-    asked = (n for n in ast.walk(tree) if isinstance(n, ast.Attribute))
-    asked = ((n.attr, n.value) for n in asked if isinstance(n.value, ast.Name))
-    return words | {name for name, of in asked if of.id not in foreign}
+        elif isinstance(n, ast.ImportFrom) and n.module:
+            words |= {f"{_part(n.module)}.{a.name}" for a in n.names}
+    return words
 
 
 def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
@@ -257,10 +249,11 @@ def _of_module(
             continue
         chosen = _chosen(name, path, tree) if name else {}
         names = {*_names(name, tree), *chosen.values()}
+        words = {f"{_part(module)}.{n}" for n in names} | {*chosen.values()}
         own = _ranked(names, near, module)
         if not any(f"/tests/{_part(module)}/" in t.where for t in own):
             own = _ranked(_users_of(name, tree), near, module) or own
-        used = tuple(u for u, words in users.items() if names & words)
+        used = tuple(user for user, said in users.items() if words & said)
         fields = (f"{FIELDS[t]}={key}" for t, key in chosen.items() if t in FIELDS)
         for citation in (c for line in lines for c in parse(line)):
             yield Entry(
