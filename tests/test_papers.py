@@ -229,13 +229,22 @@ def test_a_config_uses_what_it_names_outside_its_docstring(checkout):
     assert entry.users == ("configs/moe.py",)
 
 
-def test_a_notebook_uses_what_its_code_names(checkout):
+@pytest.mark.parametrize(
+    ("code", "used"),
+    [
+        ("from sparsejax.moe import switch", True),
+        ("from sparsejax.attention import switch", False),
+        ("model.switch = x", False),
+        ("layer = {'router': 'switch'}", True),
+    ],
+)
+def test_a_notebook_uses_what_its_code_imports_or_chooses(code, used, checkout):
     cells = [
-        {"cell_type": "markdown", "source": ["SwitchLayer"]},
-        {"cell_type": "code", "source": ["y = moe.switch(x)"]},
+        {"cell_type": "markdown", "source": ["from sparsejax.moe import SwitchLayer"]},
+        {"cell_type": "code", "source": [code]},
     ]
     entries = checkout("notebooks/moe.ipynb", json.dumps({"cells": cells}))
-    assert "notebooks/moe.ipynb" in entries["switch"].users
+    assert ("notebooks/moe.ipynb" in entries["switch"].users) == used
     assert entries["SwitchLayer"].users == ()
 
 
