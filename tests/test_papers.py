@@ -235,7 +235,7 @@ def test_a_config_uses_what_it_names_outside_its_docstring(checkout):
         ("from sparsejax.moe import switch", True),
         ("from sparsejax.attention import switch", False),
         ("model.switch = x", False),
-        ("layer = {'router': 'switch'}", True),
+        ("layer = {'router': 'top_one'}", True),
     ],
 )
 def test_a_notebook_uses_what_its_code_imports_or_chooses(code, used, checkout):
