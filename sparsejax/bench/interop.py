@@ -48,6 +48,11 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "truncate": False}
 TRAINED = {"original_max_position_embeddings": 16}
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 16, "v_head_dim": 12}
+MLA |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 8}
+SHARING = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4}
+SHARING |= {"topk_group": 2, "first_k_dense_replace": 1, "n_shared_experts": 2}
+SHARING |= {"moe_intermediate_size": 24, "routed_scaling_factor": 2.5}
 # What of each family's config is not the default or a size.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"tie_word_embeddings": True}),
@@ -68,10 +73,29 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dots1": (
         "Dots1",
-        {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 4}
-        | {"topk_group": 2, "first_k_dense_replace": 1, "moe_intermediate_size": 24}
-        | {"n_shared_experts": 2, "norm_topk_prob": True, "head_dim": 16}
-        | {"routed_scaling_factor": 2.5},
+        SHARING | {"norm_topk_prob": True, "head_dim": 16},
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        MLA
+        | SHARING
+        | {"q_lora_rank": None, "topk_method": "group_limited_greedy"}
+        | {"rope_parameters": YARN | TRAINED | {"mscale": 0.7, "mscale_all_dim": 1.2}},
+    ),
+    "deepseek_v2, greedy": (
+        "DeepseekV2",
+        MLA | SHARING | {"q_lora_rank": 20, "attention_bias": True},
+    ),
+    "deepseek_v3": (
+        "DeepseekV3",
+        MLA
+        | SHARING
+        | {"q_lora_rank": 20, "attention_bias": True}
+        | {"rope_parameters": YARN | TRAINED | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    ),
+    "deepseek_v3, halves": (
+        "DeepseekV3",
+        MLA | SHARING | {"q_lora_rank": None, "rope_interleave": False},
     ),
 }
 COLUMNS = {

@@ -1,127 +1,57 @@
 """The families of models that come in and go out, each a table and no code.
 
-``Family`` has the name of the architecture, the fields of its ``config.json`` and its
-tensors. What differs between two families in the forward pass is a field of our own
-config, set by ``fields.facts`` or read from the file.
+What differs between two families in the forward pass is a field of our own config, set
+by ``fields.facts`` or read from the file.
 """
 
-from typing import Any, NamedTuple
-
-from sparsejax.interop.fields import NEEDED, WORDS, Field, Fields, only
-from sparsejax.interop.layout import Tensor
+from sparsejax.interop.fields import Field, Fields, only
+from sparsejax.interop.parts import (
+    ACTIVATION,
+    ALL_BIASES,
+    ATTENTION,
+    BIAS,
+    BIASES,
+    DENSE,
+    DENSE_HIDDEN,
+    ENDS,
+    EPSILON,
+    EPSILON_5,
+    EXPERTS,
+    GATED,
+    GPT_OSS_EXPERTS,
+    GROUPS,
+    HEAD,
+    HEAD_NORMS,
+    KEPT_GROUPS,
+    LATENT,
+    LATENT_EPSILON,
+    LATENT_IDLE,
+    LATENT_WIDTHS,
+    LATENTLY,
+    MAY_BIAS,
+    MIXED,
+    MIXTRAL_EXPERTS,
+    NORMED,
+    PER_TOKEN,
+    PLAIN,
+    RENORMALIZE,
+    SHARED_EXPERTS,
+    SIZES,
+    WIDE_NORMS,
+    WIDELY,
+    WITH_SHARED,
+    Family,
+    same,
+)
 from sparsejax.interop.positions import Windows
 
 __all__ = ["FAMILIES", "Family"]
 
-
-class Family(NamedTuple):
-    """What the checkpoints of an architecture look like."""
-
-    architecture: str
-    fields: Fields
-    tensors: tuple[Tensor, ...]
-
-
-IN = "model.layers.{l}."
-ATTEND = f"{IN}self_attn."
-
-
-def _same(name: str, path: str, default: Any = NEEDED) -> Field:
-    return Field((name,), (path,), default)
-
-
-ENDS = (
-    Tensor("embedding", "model.embed_tokens.weight", "v d"),
-    Tensor("norm/scale", "model.norm.weight", "d"),
-    Tensor("unembedding", "lm_head.weight", "v d"),
-    Tensor("layer/attention_norm/scale", f"{IN}input_layernorm.weight", "d"),
-    Tensor("layer/norm/scale", f"{IN}post_attention_layernorm.weight", "d"),
-)
-ATTENTION = (
-    Tensor("layer/attention/query", f"{ATTEND}q_proj.weight", "(h c) d"),
-    Tensor("layer/attention/key", f"{ATTEND}k_proj.weight", "(g c) d"),
-    Tensor("layer/attention/value", f"{ATTEND}v_proj.weight", "(g c) d"),
-    Tensor("layer/attention/out", f"{ATTEND}o_proj.weight", "d (h c)"),
-)
-BIASES = (
-    Tensor("layer/attention/query_bias", f"{ATTEND}q_proj.bias", "(h c)"),
-    Tensor("layer/attention/key_bias", f"{ATTEND}k_proj.bias", "(g c)"),
-    Tensor("layer/attention/value_bias", f"{ATTEND}v_proj.bias", "(g c)"),
-    Tensor("layer/attention/out_bias", f"{ATTEND}o_proj.bias", "d"),
-)
-HEAD_NORMS = (
-    Tensor("layer/attention/query_norm", f"{ATTEND}q_norm.weight", "c"),
-    Tensor("layer/attention/key_norm", f"{ATTEND}k_norm.weight", "c"),
-)
-WIDE_NORMS = (
-    Tensor("layer/attention/query_norm", f"{ATTEND}q_norm.weight", "(h c)"),
-    Tensor("layer/attention/key_norm", f"{ATTEND}k_norm.weight", "(g c)"),
-)
-GATED = (
-    Tensor("layer/ffn/gate", f"{IN}mlp.gate_proj.weight", "f d"),
-    Tensor("layer/ffn/up", f"{IN}mlp.up_proj.weight", "f d"),
-    Tensor("layer/ffn/down", f"{IN}mlp.down_proj.weight", "d f"),
-)
-EXPERTS = (
-    Tensor("layer/moe/router", f"{IN}mlp.gate.weight", "e d"),
-    Tensor("layer/moe/gate", f"{IN}mlp.experts.{{e}}.gate_proj.weight", "f d"),
-    Tensor("layer/moe/up", f"{IN}mlp.experts.{{e}}.up_proj.weight", "f d"),
-    Tensor("layer/moe/down", f"{IN}mlp.experts.{{e}}.down_proj.weight", "d f"),
-)
-SPARSE = f"{IN}block_sparse_moe."
-MIXTRAL_EXPERTS = (
-    Tensor("layer/moe/router", f"{SPARSE}gate.weight", "e d"),
-    Tensor("layer/moe/gate", f"{SPARSE}experts.{{e}}.w1.weight", "f d"),
-    Tensor("layer/moe/up", f"{SPARSE}experts.{{e}}.w3.weight", "f d"),
-    Tensor("layer/moe/down", f"{SPARSE}experts.{{e}}.w2.weight", "d f"),
-)
-TOGETHER = f"{IN}mlp.experts."
-GPT_OSS_EXPERTS = (
-    Tensor("layer/attention/sinks", f"{ATTEND}sinks", "h"),
-    Tensor("layer/moe/router", f"{IN}mlp.router.weight", "e d"),
-    Tensor("layer/moe/router_bias", f"{IN}mlp.router.bias", "e"),
-    Tensor("layer/moe/gate", f"{TOGETHER}gate_up_proj", "e d (f 2)", 0),
-    Tensor("layer/moe/up", f"{TOGETHER}gate_up_proj", "e d (f 2)", 1),
-    Tensor("layer/moe/down", f"{TOGETHER}down_proj", "e f d"),
-    Tensor("layer/moe/gate_bias", f"{TOGETHER}gate_up_proj_bias", "e (f 2)", 0),
-    Tensor("layer/moe/up_bias", f"{TOGETHER}gate_up_proj_bias", "e (f 2)", 1),
-    Tensor("layer/moe/down_bias", f"{TOGETHER}down_proj_bias", "e d"),
-)
-SHARED = f"{IN}mlp.shared_experts."
-DEEPSEEK_EXPERTS = (
-    *EXPERTS,
-    Tensor("layer/moe/bias", f"{IN}mlp.gate.e_score_correction_bias", "e"),
-    Tensor("layer/moe/shared_gate", f"{SHARED}gate_proj.weight", "f d"),
-    Tensor("layer/moe/shared_up", f"{SHARED}up_proj.weight", "f d"),
-    Tensor("layer/moe/shared_down", f"{SHARED}down_proj.weight", "d f"),
-)
-
-SIZES = (
-    _same("hidden_size", "width"),
-    _same("num_hidden_layers", "depth"),
-    _same("num_attention_heads", "heads"),
-    _same("num_key_value_heads", "kv_heads", None),
-    _same("tie_word_embeddings", "tied", False),
-    only("attention_dropout", 0.0),
-)
-NORMS = ("norm_epsilon", "attention.norm_epsilon")
-EPSILON = Field(("rms_norm_eps",), NORMS, 1e-6)
-EPSILON_5 = Field(("rms_norm_eps",), NORMS, 1e-5)
-HEAD = _same("head_dim", "attention.head_width", None)
-ACTIVATION = Field(("hidden_act",), ("ffn.activation",), "silu", words=WORDS)
-DENSE = (_same("intermediate_size", "ffn.hidden"), ACTIVATION)
-ALL_BIASES = ("attention.qkv_biases", "attention.out_bias")
-MAY_BIAS = Field(("attention_bias",), ALL_BIASES, False)
-RENORMALIZE = "ffn.router_arguments.renormalize"
-PER_TOKEN = _same("num_experts_per_tok", "ffn.per_token")
-
-SHARED_EXPERTS = Field(("n_shared_experts",), ("ffn.shared",), None, times="ffn.hidden")
-DENSE_HIDDEN = Field(("intermediate_size",), ("dense_hidden",), 0, when="dense_layers")
-
-PLAIN = {"embedding_scale": 1.0, "attention.qk_norm": False}
-NORMED = {"embedding_scale": 1.0, "attention.qk_norm": True}
-WIDELY = {**NORMED, "attention.qk_norm_over": "heads"}
-MIXED = {"ffn.kind": "moe", "ffn.router": "softmax_top_k"}
+# DeepSeek-V2 looks at groups of experts under the first of these only.
+V2_METHODS = {"group_limited_greedy": "softmax_top_k", "greedy": "softmax_top_k"}
+V2_GROUPED = ("topk_method", "group_limited_greedy")
+# Layers of DeepSeek-V3 that predict the token after the next.
+AHEAD = ("num_nextn_predict_layers", "num_mtp_layers")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(
@@ -180,7 +110,7 @@ FAMILIES: dict[str, Family] = {
                 EPSILON_5,
                 *DENSE,
                 PER_TOKEN,
-                _same("num_local_experts", "ffn.experts", 8),
+                same("num_local_experts", "ffn.experts", 8),
             ),
             {**PLAIN, **MIXED},
             Windows("every"),
@@ -199,9 +129,9 @@ FAMILIES: dict[str, Family] = {
                 *DENSE,
                 PER_TOKEN,
                 MAY_BIAS,
-                _same("num_experts", "ffn.experts"),
+                same("num_experts", "ffn.experts"),
                 only("clip_qkv", None),
-                _same("norm_topk_prob", RENORMALIZE, False),
+                same("norm_topk_prob", RENORMALIZE, False),
             ),
             {**WIDELY, **MIXED},
             context=4096,
@@ -219,8 +149,8 @@ FAMILIES: dict[str, Family] = {
                 PER_TOKEN,
                 MAY_BIAS,
                 Field(("num_experts", "num_local_experts"), ("ffn.experts",)),
-                _same("moe_intermediate_size", "ffn.hidden"),
-                _same("norm_topk_prob", RENORMALIZE, False),
+                same("moe_intermediate_size", "ffn.hidden"),
+                same("norm_topk_prob", RENORMALIZE, False),
                 only("decoder_sparse_step", 1),
                 only("mlp_only_layers", [], None),
                 # Of dense layers, which there are none of.
@@ -241,7 +171,7 @@ FAMILIES: dict[str, Family] = {
                 EPSILON_5,
                 PER_TOKEN,
                 Field(("num_local_experts", "num_experts"), ("ffn.experts",)),
-                _same("intermediate_size", "ffn.hidden"),
+                same("intermediate_size", "ffn.hidden"),
                 only("hidden_act", "silu"),
                 only("swiglu_limit", 7.0),
                 only("swiglu_alpha", 1.702),
@@ -279,14 +209,14 @@ FAMILIES: dict[str, Family] = {
                 ACTIVATION,
                 PER_TOKEN,
                 MAY_BIAS,
-                _same("n_routed_experts", "ffn.experts"),
-                _same("moe_intermediate_size", "ffn.hidden"),
-                _same("n_group", "ffn.router_arguments.groups", 1),
-                _same("topk_group", "ffn.router_arguments.kept_groups", 1),
-                _same("routed_scaling_factor", "ffn.router_arguments.scale", 1.0),
-                _same("norm_topk_prob", RENORMALIZE, False),
+                same("n_routed_experts", "ffn.experts"),
+                same("moe_intermediate_size", "ffn.hidden"),
+                GROUPS,
+                KEPT_GROUPS,
+                same("routed_scaling_factor", "ffn.router_arguments.scale", 1.0),
+                same("norm_topk_prob", RENORMALIZE, False),
                 SHARED_EXPERTS,
-                _same("first_k_dense_replace", "dense_layers", 0),
+                same("first_k_dense_replace", "dense_layers", 0),
                 DENSE_HIDDEN,
             ),
             {
@@ -297,6 +227,79 @@ FAMILIES: dict[str, Family] = {
             },
             Windows("listed", size=4096),
         ),
-        (*ENDS, *ATTENTION, *BIASES, *HEAD_NORMS, *GATED, *DEEPSEEK_EXPERTS),
+        (*ENDS, *ATTENTION, *BIASES, *HEAD_NORMS, *GATED, *WITH_SHARED, BIAS),
+    ),
+    "deepseek_v2": Family(
+        "DeepseekV2ForCausalLM",
+        Fields(
+            (
+                *SIZES,
+                LATENT_EPSILON,
+                *LATENT_WIDTHS,
+                ACTIVATION,
+                PER_TOKEN,
+                MAY_BIAS,
+                only("mlp_bias", False),
+                only("pretraining_tp", 1),
+                only("moe_layer_freq", 1),
+                only("scoring_func", "softmax"),
+                only("norm_topk_prob", False),
+                Field(("topk_method",), ("ffn.router",), "greedy", words=V2_METHODS),
+                GROUPS._replace(default=1, under=V2_GROUPED),
+                KEPT_GROUPS._replace(default=1, under=V2_GROUPED),
+                same("routed_scaling_factor", "ffn.router_arguments.scale", 1.0),
+                Field(("n_routed_experts", "num_experts"), ("ffn.experts",), 64),
+                same("moe_intermediate_size", "ffn.hidden", 1407),
+                SHARED_EXPERTS._replace(default=2),
+                same("first_k_dense_replace", "dense_layers", 0),
+                DENSE_HIDDEN._replace(default=11_008),
+            ),
+            {
+                **LATENTLY,
+                "attention.latent.interleaved": True,
+                "ffn.kind": "moe",
+                RENORMALIZE: False,
+            },
+            idle=LATENT_IDLE,
+        ),
+        (*ENDS, *LATENT, *GATED, *WITH_SHARED),
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        Fields(
+            (
+                *SIZES,
+                LATENT_EPSILON,
+                *LATENT_WIDTHS,
+                same("rope_interleave", "attention.latent.interleaved", True),
+                ACTIVATION,
+                PER_TOKEN._replace(default=8),
+                MAY_BIAS,
+                only("pretraining_tp", 1),
+                only("moe_layer_freq", 1),
+                only("scoring_func", "sigmoid"),
+                only("topk_method", "noaux_tc"),
+                GROUPS._replace(default=8),
+                KEPT_GROUPS._replace(default=4),
+                same("routed_scaling_factor", "ffn.router_arguments.scale", 2.5),
+                same("norm_topk_prob", RENORMALIZE, True),
+                Field(("n_routed_experts", "num_local_experts"), ("ffn.experts",), 256),
+                same("moe_intermediate_size", "ffn.hidden", 2048),
+                SHARED_EXPERTS._replace(default=1),
+                same("first_k_dense_replace", "dense_layers", 3),
+                DENSE_HIDDEN._replace(default=18_432),
+                Field(AHEAD, default=0),
+            ),
+            {
+                **LATENTLY,
+                "ffn.kind": "moe",
+                "ffn.router": "sigmoid_top_k",
+                "ffn.bias_rate": 0.0,
+            },
+            context=4096,
+            idle=LATENT_IDLE,
+        ),
+        (*ENDS, *LATENT, *GATED, *WITH_SHARED, BIAS),
+        ahead=AHEAD,
     ),
 }

@@ -78,6 +78,7 @@ class Field(NamedTuple):
     words: Mapping[Any, Any] = {}  # theirs to ours
     times: str | None = None  # a path of ours that multiplies it
     when: str | None = None  # a path of ours without which it means nothing
+    under: tuple[str, Any] | None = None  # a field of theirs that makes it count
 
 
 class Fields(NamedTuple):
@@ -89,6 +90,7 @@ class Fields(NamedTuple):
     theta: float = 10_000.0  # where the file is silent
     scaling: Mapping[str, Any] | None = None  # likewise
     context: int = 2048  # likewise
+    idle: tuple[str, ...] = ()  # names that mean nothing here, and are not written
 
 
 class Described(NamedTuple):
@@ -171,7 +173,7 @@ def _unknown(fields: Fields, there: Mapping[str, Any]) -> list[str]:
     if there.get("quantization_config") is not None:
         return ["its weights are quantized; take a checkpoint in 16 or 32 bits"]
     known = {name for field in fields.listed for name in field.names}
-    known |= IDLE | set(fields.windows.names)
+    known |= IDLE | {*fields.windows.names, *fields.idle}
     odd = sorted(
         name for name, value in there.items() if name not in known and value is not None
     )
@@ -187,10 +189,7 @@ def _unknown(fields: Fields, there: Mapping[str, Any]) -> list[str]:
 def _ours(
     field: Field, there: Mapping[str, Any], values: Mapping[str, Any]
 ) -> dict[str, Any]:
-    name = next((x for x in field.names if x in there), field.names[0])
-    value = there.get(name, field.default)
-    if value is NEEDED:
-        raise ConfigError(f"{name} is missing")
+    name, value = _said(field, there)
     if not field.paths:
         if field.taken and value not in field.taken:
             legal = " or ".join(map(repr, field.taken))
@@ -208,6 +207,16 @@ def _ours(
     return dict.fromkeys(field.paths, value)
 
 
+def _said(field: Field, there: Mapping[str, Any]) -> tuple[str, Any]:
+    """Give a field's value, and the name under which it is there."""
+    name = next((x for x in field.names if x in there), field.names[0])
+    value = there.get(name, field.default)
+    if value is NEEDED:
+        raise ConfigError(f"{name} is missing")
+    counts = field.under is None or there.get(field.under[0]) == field.under[1]
+    return name, value if counts else field.default
+
+
 def _theirs(field: Field, said: Mapping[str, Any]) -> Any:
     if not field.paths:
         return field.default
@@ -221,7 +230,8 @@ def _theirs(field: Field, said: Mapping[str, Any]) -> Any:
 def _explicit(model: ModelConfig) -> ModelConfig:
     """Write the head width out: files do, and two spellings would compare unequal."""
     values = to_dict(model)
-    if values["attention"]["head_width"] is None:
+    latent = values["attention"]["latent"] is not None
+    if values["attention"]["head_width"] is None and not latent:
         values["attention"]["head_width"] = model.width // model.heads
     return convert(ModelConfig, values, "model")
 

@@ -138,13 +138,22 @@ def load_model(
         model = convert(ModelConfig, to_dict(model) | {"dtype": compute}, "model")
     graph, state = nnx.split(abstract(model, vocabulary))
     wanted = list(needs(model, vocabulary, family, state))
-    _check(source, wanted, tied=model.tied)
+    past = _past(source.config, family, model.depth)
+    _check(source, wanted, tied=model.tied, past=past)
     filled = {need.path: _filled(source, need, state, mesh, dtype) for need in wanted}
     state = tree.map_with_path(lambda path, _: filled[path], state)
     return nnx.merge(graph, state)
 
 
-def _check(source: Source, wanted: list[Need], *, tied: bool) -> None:
+def _past(config: Mapping[str, Any], family: Family, depth: int) -> tuple[str, ...]:
+    """Give how the names of layers begin that only predict further ahead."""
+    count = max([0, *(config.get(name) or 0 for name in family.ahead)])
+    return tuple(f"model.layers.{depth + n}." for n in range(count))
+
+
+def _check(
+    source: Source, wanted: list[Need], *, tied: bool, past: tuple[str, ...]
+) -> None:
     """Compare names and shapes before any number is read."""
     shapes = {
         name: disk_shape(need.tensor.layout, need.sizes)
@@ -166,7 +175,11 @@ def _check(source: Source, wanted: list[Need], *, tied: bool) -> None:
         if name in there and there[name] != shape
     ]
     rest = [
-        n for n in there if n not in shapes and not n.endswith("rotary_emb.inv_freq")
+        name
+        for name in there
+        if name not in shapes
+        and not name.endswith("rotary_emb.inv_freq")
+        and not name.startswith(past)
     ]
     faults = {
         "missing": [name for name in shapes if name not in there],

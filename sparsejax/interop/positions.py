@@ -25,6 +25,8 @@ SCALINGS: dict[str, dict[str, tuple[str, Any]]] = {
         "original_max_position_embeddings": ("trained", None),
         "truncate": ("truncate", True),
         "attention_factor": ("gain", None),
+        "mscale": ("mscale", None),
+        "mscale_all_dim": ("mscale_all", None),
     },
 }
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -34,6 +34,11 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 ROUTED = {"num_experts": 4, "num_experts_per_tok": 2}
+MLA = {"kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 6}
+MLA |= {"v_head_dim": 8, "num_key_value_heads": 4}
+SHARING = {"num_experts_per_tok": 2, "n_routed_experts": 8, "n_group": 4}
+SHARING |= {"topk_group": 2, "n_shared_experts": 2, "moe_intermediate_size": 8}
+SHARING |= {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5}
 CONFIGS = {
     "llama": {"attention_bias": True, "rope_scaling": LLAMA3, "head_dim": 8},
     "mistral": {"sliding_window": 5, "tie_word_embeddings": True},
@@ -56,17 +61,30 @@ CONFIGS = {
             "original_max_position_embeddings": 16,
         },
     },
-    "dots1": {
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 4,
-        "topk_group": 2,
-        "routed_scaling_factor": 2.5,
+    "dots1": {**SHARING, "norm_topk_prob": True, "sliding_window": None},
+    "deepseek_v2": {
+        **MLA,
+        **SHARING,
+        "q_lora_rank": None,
+        "topk_method": "group_limited_greedy",
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 6.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.2,
+            "original_max_position_embeddings": 16,
+        },
+    },
+    "deepseek_v3": {
+        **MLA,
+        **SHARING,
+        "q_lora_rank": 10,
         "norm_topk_prob": True,
-        "n_shared_experts": 2,
-        "moe_intermediate_size": 8,
-        "first_k_dense_replace": 1,
-        "sliding_window": None,
+        "attention_bias": True,
+        "rope_interleave": False,
     },
 }
 

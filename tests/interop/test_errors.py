@@ -17,6 +17,8 @@ from sparsejax.interop.folder import INDEX, SINGLE
 from sparsejax.nn import ModelConfig
 from tests.interop.checkpoints import config_of, tensors_of, write_folder
 
+MSCALE = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
+MSCALE |= {"original_max_position_embeddings": 16}
 NORM = "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -88,6 +90,18 @@ def test_a_config_that_computes_something_else_is_refused(written, changes, mess
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv=8.0"),
         ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers=\[1\]"),
         ("gpt_oss", {"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob=True"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "'noaux_tc' is not .* only group"),
+        ("deepseek_v2", {"num_key_value_heads": 2}, "kv_heads=2: must be heads=4"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy' is not"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax' is not"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2 is not"),
+        (
+            "deepseek_v3",
+            {"rope_scaling": MSCALE | {"mscale_all_dim": None}},
+            "mscale=1.0: must be positive, together with mscale_all=None",
+        ),
+        ("llama", {"rope_scaling": MSCALE}, "mscale is for channels that are not all"),
         (
             "gpt_oss",
             {
@@ -102,6 +116,26 @@ def test_what_a_family_can_say_but_not_do_here_is_refused(family, changes, messa
     fields = FAMILIES[family].fields
     with pytest.raises(ConfigError, match=message):
         describe(fields, config_of(family, **changes), source="here")
+
+
+def test_what_means_nothing_to_a_family_changes_nothing():
+    fields = FAMILIES["deepseek_v2"].fields
+    greedy = {"topk_method": "greedy", "head_dim": 6, "qk_head_dim": 10, "ep_size": 1}
+    model = describe(fields, config_of("deepseek_v2", **greedy), source="here").model
+    arguments = model.ffn.router_arguments
+    assert (arguments["groups"], arguments["kept_groups"]) == (1, 1)
+    there = document(fields, model, 70)
+    assert there["topk_method"] == "group_limited_greedy"
+    assert not {"head_dim", "qk_head_dim", "ep_size"} & set(there)
+
+
+def test_layers_that_predict_further_ahead_are_passed_over(tmp_path):
+    config, name = config_of("deepseek_v3"), "model.layers.2.eh_proj.weight"
+    tensors = tensors_of("deepseek_v3", config) | {name: np.zeros(3, np.float32)}
+    told = config | {"num_nextn_predict_layers": 1}
+    load_model(open_source(write_folder(tmp_path / "told", told, tensors)))
+    with pytest.raises(ConfigError, match=f"unexpected: {name}"):
+        load_model(open_source(write_folder(tmp_path / "silent", config, tensors)))
 
 
 def test_all_faults_of_a_config_are_named_at_once(written):

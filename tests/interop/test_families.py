@@ -18,6 +18,7 @@ from sparsejax.interop.load import abstract
 from sparsejax.sharding import MeshConfig, make_mesh
 from tests.interop.checkpoints import CONFIGS, config_of, tensors_of, write_folder
 from tests.interop.twin import Twin
+from tests.slowly import slowly
 
 TOKENS = np.random.default_rng(7).integers(0, 70, (2, 12)).astype(np.int32)
 
@@ -117,9 +118,11 @@ def test_parameters_have_the_dtype_that_is_asked_for(tmp_path):
     assert np.abs(found - expected).max() <= 0.1 * np.abs(expected).max()
 
 
-def test_padded_rows_and_cached_tokens_score_as_they_do_alone(tmp_path):
-    config, tensors = drawn("mistral")
+@pytest.mark.parametrize("family", slowly(["mistral", "deepseek_v2"], but={"mistral"}))
+def test_padded_rows_and_cached_tokens_score_as_they_do_alone(family, tmp_path):
+    config, tensors = drawn(family)
     model = load_model(open_source(write_folder(tmp_path / "hf", config, tensors)))
+    model = densely(model)
     whole = np.asarray(logits(model, jnp.asarray(TOKENS)))
     left = jnp.asarray(np.pad(TOKENS, [(0, 0), (4, 0)]))
     at = jnp.maximum(jnp.arange(16) - 4, 0)[None].repeat(2, axis=0)

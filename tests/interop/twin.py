@@ -24,14 +24,15 @@ def rates(config, width):
     if not scaling:
         return rate, 1.0
     factor, trained = scaling["factor"], scaling["original_max_position_embeddings"]
-    if scaling["rope_type"] == "llama3":
+    kind = scaling.get("rope_type") or scaling["type"]
+    if kind == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         turns = trained * rate / (2 * np.pi)
         mixed = (turns - low) / (high - low)
         slow = (1 - mixed) * rate / factor + mixed * rate
         slow = np.where(turns < low, rate / factor, slow)
         return np.where(turns > high, rate, slow), 1.0
-    assert scaling["rope_type"] == "yarn"
+    assert kind == "yarn"
     assert not scaling["truncate"]
 
     def channel(turns):
@@ -41,7 +42,15 @@ def rates(config, width):
     first = max(channel(scaling["beta_fast"]), 0)
     last = min(channel(scaling.get("beta_slow", 1.0)), width - 1)
     ramp = np.clip((np.arange(width // 2) - first) / (last - first), 0, 1)
-    return rate / factor * ramp + rate * (1 - ramp), 0.1 * np.log(factor) + 1
+    rate = rate / factor * ramp + rate * (1 - ramp)
+    amplitude = growth(config, "mscale")
+    return rate, amplitude / growth(config, "mscale_all_dim", 0)
+
+
+def growth(config, name, silent=1):
+    """How much yarn makes of what it multiplies, by one of its arguments."""
+    scaling = config.get("rope_scaling") or {}
+    return 1 + 0.1 * scaling.get(name, silent) * np.log(scaling.get("factor", 1))
 
 
 class Twin:
@@ -54,9 +63,10 @@ class Twin:
         self.width = config.get("head_dim") or config["hidden_size"] // self.heads
         self.kind = config["architectures"][0].removesuffix("ForCausalLM")
 
-    def norm(self, x, name):
+    def norm(self, x, name, epsilon=None):
         square = (x * x).mean(-1, keepdims=True)
-        return x / np.sqrt(square + self.config["rms_norm_eps"]) * self.tensors[name]
+        epsilon = epsilon or self.config["rms_norm_eps"]
+        return x / np.sqrt(square + epsilon) * self.tensors[name]
 
     def linear(self, x, name):
         return x @ self.tensors[f"{name}.weight"].T + self.tensors.get(
@@ -80,6 +90,35 @@ class Twin:
             y = self.norm(y, name)
         return y if letter == "v" else self.rotated(y)
 
+    def latent(self, x, at):
+        """Queries, keys and values of latent attention, head by head."""
+        config, heads = self.config, self.heads
+        plain, rank = config["qk_nope_head_dim"], config["kv_lora_rank"]
+        if config["q_lora_rank"] is None:
+            q = self.linear(x, f"{at}q_proj")
+        else:
+            q = self.linear(x, f"{at}q_a_proj")
+            q = self.linear(
+                self.norm(q, f"{at}q_a_layernorm.weight", 1e-6), f"{at}q_b_proj"
+            )
+        q = q.reshape(len(x), heads, -1)
+        both = self.linear(x, f"{at}kv_a_proj_with_mqa")
+        narrow = self.norm(both[:, :rank], f"{at}kv_a_layernorm.weight", 1e-6)
+        kv = self.linear(narrow, f"{at}kv_b_proj").reshape(len(x), heads, -1)
+        key = np.repeat(self.turned(both[:, None, rank:]), heads, axis=1)
+        q = np.concatenate([q[..., :plain], self.turned(q[..., plain:])], -1)
+        k = np.concatenate([kv[..., :plain], key], -1)
+        return q * growth(config, "mscale_all_dim", 0) ** 2, k, kv[..., plain:]
+
+    def turned(self, x):
+        """Rotate pairs: of neighbours in DeepSeek-V2, and by default in V3."""
+        apart = self.config.get("rope_interleave", True)
+        rate, amplitude = rates(self.config, x.shape[-1])
+        a, b = (x[..., ::2], x[..., 1::2]) if apart else np.split(x, 2, axis=-1)
+        turn = amplitude * np.exp(1j * np.arange(len(x))[:, None, None] * rate)
+        z = (a + 1j * b) * turn
+        return np.concatenate([z.real, z.imag], -1)
+
     def window(self, layer):
         size = self.config.get("sliding_window")
         kinds = self.config.get("layer_types")
@@ -88,15 +127,19 @@ class Twin:
 
     def attention(self, x, layer):
         at = f"model.layers.{layer}.self_attn."
-        q, k, v = (self.projected(x, at, letter) for letter in "qkv")
+        if f"{at}kv_b_proj.weight" in self.tensors:
+            q, k, v = self.latent(x, at)
+        else:
+            q, k, v = (self.projected(x, at, letter) for letter in "qkv")
         i, j = np.arange(len(x))[:, None], np.arange(len(x))[None]
         live = j <= i
         if self.window(layer):
             live &= j > i - self.window(layer)
-        out = np.zeros_like(q)
+        out = np.zeros((*q.shape[:2], v.shape[2]))
         for h in range(self.heads):
             g = h // (self.heads // k.shape[1])
-            scores = np.where(live, q[:, h] @ k[:, g].T / np.sqrt(self.width), -np.inf)
+            scores = q[:, h] @ k[:, g].T / np.sqrt(q.shape[2])
+            scores = np.where(live, scores, -np.inf)
             if f"{at}sinks" in self.tensors:
                 sink = np.full((len(x), 1), self.tensors[f"{at}sinks"][h])
                 out[:, h] = softmax(np.hstack([scores, sink]))[:, :-1] @ v[:, g]
@@ -128,20 +171,27 @@ class Twin:
         if self.kind == "GptOss":
             best = np.argsort(-logits)[:k]
             return best, softmax(logits[best])
-        if self.kind == "Dots1":
+        if self.kind in ("Dots1", "DeepseekV3"):
             scores = 1 / (1 + np.exp(-logits))
             choice = scores + self.tensors[f"{at}gate.e_score_correction_bias"]
-            groups = choice.reshape(config["n_group"], -1)
-            two = np.sort(groups, axis=1)[:, -2:].sum(1)
-            for group in np.argsort(-two)[config["topk_group"] :]:
-                groups[group] = -np.inf
-            best = np.argsort(-groups.reshape(-1))[:k]
+            best = self.grouped(choice, judged_by=2)[:k]
             weights = scores[best] / scores[best].sum()
             return best, weights * config["routed_scaling_factor"]
         scores = softmax(logits)
+        if self.kind == "DeepseekV2":
+            best = self.grouped(scores, judged_by=1)[:k]
+            return best, scores[best] * config["routed_scaling_factor"]
         best = np.argsort(-scores)[:k]
         whole = self.kind == "Mixtral" or config["norm_topk_prob"]
         return best, scores[best] / (scores[best].sum() if whole else 1)
+
+    def grouped(self, choice, judged_by):
+        """Experts of the best groups, the best first."""
+        groups = choice.copy().reshape(self.config["n_group"], -1)
+        worth = np.sort(groups, axis=1)[:, -judged_by:].sum(1)
+        for group in np.argsort(-worth)[self.config["topk_group"] :]:
+            groups[group] = -np.inf
+        return np.argsort(-groups.reshape(-1))
 
     def feed_forward(self, x, layer):
         at = f"model.layers.{layer}.mlp."
