@@ -53,7 +53,8 @@ def absorb(
 class LatentAttention(nnx.Module):
     """Attention whose cache is one narrow vector and one rotated key a token.
 
-    Source: DeepSeek-AI 2024, arXiv:2405.04434, Sec. 2.1.2-2.1.3.
+    Source: DeepSeek-AI 2024, arXiv:2405.04434, Sec. 2.1.2-2.1.3; DeepSeek-AI 2024,
+    arXiv:2412.19437, Sec. 2.1.1.
     """
 
     def __init__(
