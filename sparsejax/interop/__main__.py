@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsejax.config import fingerprint, to_dict
 from sparsejax.data.tokenizer_file import files_of
-from sparsejax.interop.export import export
+from sparsejax.interop.export import WRITTEN, export
 from sparsejax.interop.families import FAMILIES
 from sparsejax.interop.fields import describe, flat
 from sparsejax.interop.load import family_of
@@ -82,9 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--config", type=Path, help="of the same model")
     send.add_argument("--workdir", type=Path, required=True, help="of a trained run")
     send.add_argument("--family", required=True, help=", ".join(FAMILIES))
-    send.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16", "float16")
-    )
+    send.add_argument("--dtype", default="float32", choices=WRITTEN)
     send.add_argument("--shard_bytes", type=int, default=5 << 30)
     return parser
 

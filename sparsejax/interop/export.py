@@ -26,9 +26,10 @@ from sparsejax.interop.layout import disk_shape, ours
 from sparsejax.interop.load import Need, needs
 from sparsejax.nn.transformer import Transformer
 
-__all__ = ["appears", "export"]
+__all__ = ["WRITTEN", "appears", "export"]
 
 SHARD_BYTES = 5 << 30
+WRITTEN = ("float32", "bfloat16", "float16")
 
 
 @contextlib.contextmanager
@@ -67,15 +68,20 @@ def export(
         model: of parameters that this process holds.
         out: a folder that is not there yet.
         family: a name of ``FAMILIES``.
-        dtype: of the tensors, ``float32`` keeps every bit.
+        dtype: of the tensors, one of ``WRITTEN``; ``float32`` keeps every bit.
         shard_bytes: size above which tensors are divided over files.
         files: of the tokenizer, by name.
         ids: of special tokens, for ``config.json``.
 
     Raises:
-        ConfigError: if there is no such family, it cannot say what the model is, or
-            ``out`` is there.
+        ConfigError: if there is no such family or dtype, it cannot say what the model
+            is, or ``out`` is there.
     """
+    if dtype not in WRITTEN:
+        raise ConfigError(
+            f"--dtype={dtype}: written are {', '.join(WRITTEN)}; numbers of fewer bits"
+            " are only read"
+        )
     if family not in FAMILIES:
         raise ConfigError(f"--family={family}: no such name{near(family, FAMILIES)}")
     about = FAMILIES[family]

@@ -171,7 +171,10 @@ def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
 
 def _unknown(fields: Fields, there: Mapping[str, Any]) -> list[str]:
     if there.get("quantization_config") is not None:
-        return ["its weights are quantized; take a checkpoint in 16 or 32 bits"]
+        return [
+            "its weights are quantized, and not as mxfp4; take a checkpoint in 16 or 32"
+            " bits"
+        ]
     known = {name for field in fields.listed for name in field.names}
     known |= IDLE | {*fields.windows.names, *fields.idle}
     odd = sorted(

@@ -24,6 +24,7 @@ DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype("float32"),
     "F16": np.dtype("float16"),
     "BF16": jnp.dtype("bfloat16"),
+    "U8": np.dtype("uint8"),  # packed numbers, for what knows how
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

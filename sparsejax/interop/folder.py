@@ -13,6 +13,7 @@ import numpy as np
 
 from sparsejax.interop.files import CheckpointFileError, read
 from sparsejax.interop.load import Source
+from sparsejax.interop.mxfp4 import opened
 
 __all__ = ["INDEX", "SINGLE", "TOKENIZER_FILES", "open_folder", "read_json"]
 
@@ -50,8 +51,7 @@ def _source(path: Path, config: dict, tensors: Mapping[str, np.ndarray]) -> Sour
         for name in TOKENIZER_FILES
         if (path / name).is_file()
     }
-    shapes = {name: array.shape for name, array in tensors.items()}
-    return Source(path, config, shapes, tensors.__getitem__, files)
+    return Source(path, *opened(path, config, tensors), files)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -158,6 +158,12 @@ def test_a_file_that_was_cut_short_is_named(written, keep):
         open_source(file.parent)
 
 
+def test_bytes_that_nothing_explains_are_refused(written):
+    folder = written(lambda x: x | {NORM: np.zeros(16, np.uint8)})
+    with pytest.raises(CheckpointFileError, match=f"{NORM} has numbers of kind U8, "):
+        open_source(folder)
+
+
 def test_numbers_of_a_kind_that_is_not_read_are_named(written):
     file = written() / SINGLE
     text = file.read_bytes()
@@ -200,10 +206,12 @@ def test_a_model_that_a_family_cannot_say_is_not_exported(tmp_path):
     assert "model.embedding_scale=None, where it has 1.0" in said
 
 
-def test_a_family_that_does_not_exist_is_named(written, tmp_path):
+def test_a_family_or_dtype_that_is_not_written_is_named(written, tmp_path):
     model = load_model(open_source(written()))
     with pytest.raises(ConfigError, match="did you mean 'llama'"):
         export(model, tmp_path / "out", family="lama")
+    with pytest.raises(ConfigError, match=r"--dtype=mxfp4: .* are only read"):
+        export(model, tmp_path / "out", family="llama", dtype="mxfp4")
 
 
 def test_a_failed_export_leaves_nothing(written, tmp_path):

@@ -2,15 +2,30 @@
 
 import functools
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="parity needs pip install -e .[peers]")
 pytest.importorskip("transformers", reason="parity needs pip install -e .[peers]")
 
+import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
 from sparsejax.bench import interop
 from sparsejax.interop import FAMILIES
+from sparsejax.interop.mxfp4 import unpacked
 
 pytestmark = pytest.mark.filterwarnings("ignore:::(torch|transformers)")
+
+
+def test_numbers_of_four_bits_are_those_of_transformers():
+    draw = np.random.default_rng(0).integers
+    blocks = draw(0, 256, (3, 5, 4, 16), np.uint8)
+    scales = draw(100, 150, (3, 5, 4), np.uint8)
+    given = map(torch.tensor, (blocks, scales))
+    expected = convert_moe_packed_tensors(*given, dtype=torch.float32)
+    found = unpacked(blocks, scales).astype(np.float32)
+    np.testing.assert_array_equal(found, expected.numpy())
 
 
 @functools.cache
