@@ -5,7 +5,7 @@ into a ring of slots, some tiles ahead; each compute warpgroup of 64 rows adds p
 in registers. The list is traced: ``grouped_tiles`` says which rows are in a tile.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.grouped_frame import (
     STEP,
-    Item,
     Tiling,
     Work,
     check,
@@ -31,6 +30,18 @@ __all__ = ["rows_by_rows", "rows_by_weights"]
 
 # Rows of a copy are static: one size for each bit of a count.
 _SIZES = (32, 16, 8, 4, 2, 1)
+
+
+class Item(NamedTuple):
+    """One output tile: where it lies and what is added up in it."""
+
+    group: Any
+    row: Any  # first row of the output
+    column: Any
+    first: Any  # where contraction starts
+    low: Any  # live rows: [low, high)
+    high: Any
+    steps: Any
 
 
 def rows_by_weights(

@@ -1,4 +1,4 @@
-"""The frame of grouped products: persistent programs walk a list of output tiles.
+"""The frame of products by lists: persistent programs walk a list of output tiles.
 
 A memory warpgroup copies operands into a ring of slots, some tiles ahead; each compute
 warpgroup of 64 rows adds products in registers and stores its part of the tile. What is
@@ -19,7 +19,6 @@ from pallas_kernels.gpu.tiles import ROWS, accumulate, accumulator, put, tile
 
 __all__ = [
     "STEP",
-    "Item",
     "Tiling",
     "Work",
     "check",
@@ -52,23 +51,15 @@ class Tiling:
         return self.rows // ROWS
 
 
-class Item(NamedTuple):
-    """One output tile: where it lies and what is added up in it."""
-
-    group: Any
-    row: Any  # first row of the output
-    column: Any
-    first: Any  # where contraction starts
-    low: Any  # live rows: [low, high)
-    high: Any
-    steps: Any
-
-
 class Work(NamedTuple):
-    """What distinguishes the products."""
+    """What distinguishes the products.
+
+    An item is an output tile: a named tuple of scalars with ``column``, its first one,
+    and ``steps`` at least.
+    """
 
     items: Callable[[Any], Any]  # refs -> how many
-    item: Callable[[Any, Any], Item]  # refs, number -> Item
+    item: Callable[[Any, Any], Any]  # refs, number -> item
     left: Callable[..., Any]  # refs, item, step, warpgroup -> part in device memory
     right: Callable[..., Any]  # refs, item, step -> part in device memory
     views: tuple[Callable[[Any], Any], Callable[[Any], Any]]
@@ -169,11 +160,11 @@ def launch(
         every, total = jnp.int32(tiling.programs), work.items(refs)
         count = lax.div(total - program + (every - 1), every)
 
-        def find(n: Any) -> Item:
+        def find(n: Any) -> Any:
             return work.item(refs, jnp.minimum(program + n * every, total - 1))
 
-        def walk(visit: Callable[[Item, Any], None]) -> None:
-            def one(n: Any, carry: tuple[Any, Item]) -> tuple[Any, Item]:
+        def walk(visit: Callable[[Any, Any], None]) -> None:
+            def one(n: Any, carry: tuple[Any, Any]) -> tuple[Any, Any]:
                 turn, item = carry
                 following = find(n + 1)  # asked for early: it arrives meanwhile
                 item = item._replace(column=pl.multiple_of(item.column, STEP))
@@ -193,7 +184,7 @@ def launch(
             plgpu.set_max_registers(REGISTERS[1], action="decrease")
             walk(lambda item, turn: _feed(work, tiling, refs, tiles, item, turn))
 
-    return plgpu.kernel(
+    y = plgpu.kernel(
         kernel,
         out_type=shape,
         grid=(tiling.programs,),
@@ -202,10 +193,14 @@ def launch(
         thread_name="group",
         scratch_types=_scratch(tiling, shape.dtype, right),
     )(*table.values(), *operands.values())
+    # Under a mesh all operands vary alike, and so does what is made of them.
+    varying = jax.typeof(operands["left"]).manual_axis_type.varying
+    known = jax.typeof(y).manual_axis_type.varying
+    return lax.pcast(y, tuple(varying - known), to="varying")
 
 
 def _feed(
-    work: Work, tiling: Tiling, refs: Any, tiles: Any, item: Item, turn: Any
+    work: Work, tiling: Tiling, refs: Any, tiles: Any, item: Any, turn: Any
 ) -> None:
     """Copy the operands of every step into the next slot, once it is free."""
 
@@ -225,7 +220,7 @@ def _feed(
 
 
 def _compute(
-    work: Work, tiling: Tiling, refs: Any, tiles: Any, item: Item, turn: Any
+    work: Work, tiling: Tiling, refs: Any, tiles: Any, item: Any, turn: Any
 ) -> None:
     """Add up all steps of a tile, and store it."""
     group = lax.axis_index("group")

@@ -10,13 +10,13 @@ Source: Dao 2023, arXiv:2307.08691, Sec. 3.1. Departure: the lists of a block ma
 
 import functools
 import math
-import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import gpu
+from pallas_kernels.gpu import device
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.restrict import restrict
@@ -82,22 +82,7 @@ def obstacle(q: Array, mask: BlockMask) -> str | None:
             f"with blocks of {fine[0]} x {fine[1]}: they must be multiples of {ROWS};"
             f" use mask.coarsened({coarse[0]}, block_kv={coarse[1]}), or 'xla'"
         )
-    return _obstacle_of_device()
-
-
-def _obstacle_of_device() -> str | None:
-    if gpu.is_interpreted():
-        return None
-    mesh = jax.sharding.get_abstract_mesh()
-    described = None if mesh.empty else mesh.abstract_device
-    kind = (described or jax.devices()[0]).device_kind
-    if HAS_MOSAIC_GPU and re.search(r"\b(GH|H)\d+", kind):
-        return None
-    return (
-        f"on {kind} with JAX {jax.__version__}: needs a Hopper GPU (H100, H200) and JAX"
-        " 0.11; use 'xla', or, to test on a CPU, trace under"
-        " pallas_kernels.gpu.interpreted()"
-    )
+    return device.obstacle(supported=HAS_MOSAIC_GPU)
 
 
 class _Layout(NamedTuple):

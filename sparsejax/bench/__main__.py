@@ -17,6 +17,7 @@ BENCHES = (
     "finetuned",
     "interop",
     "masked",
+    "masked_gpu",
     "memory",
     "methods",
     "moe",

@@ -162,7 +162,7 @@ def block_sparse_matmul(
         w: of the dtype of ``x``. Traced ids cannot be refused: those outside of the
             matrix count as not live.
         implementation: a name of ``IMPLEMENTATIONS``. None is "mosaic_tpu" on a TPU and
-            "xla" otherwise.
+            "xla" otherwise; "mosaic_gpu" has to be named until it has met a GPU.
 
     Raises:
         ValueError: for an unknown implementation or one that cannot run, for operands
@@ -253,4 +253,5 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "reference": _reference,
     "xla": xla,
     "mosaic_tpu": late("sparsejax.masked.block_sparse_tpu", "mosaic_tpu"),
+    "mosaic_gpu": late("sparsejax.masked.block_sparse_gpu", "mosaic_gpu"),
 }

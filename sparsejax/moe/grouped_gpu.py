@@ -1,14 +1,11 @@
 """Grouped products on Hopper GPUs, by the kernels of ``pallas_kernels.gpu.grouped``."""
 
-import re
-
-import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gpu import device
 from pallas_kernels.gpu.grouped import rows_by_rows, rows_by_weights
 from pallas_kernels.gpu.grouped_frame import STEP, Tiling
 from pallas_kernels.gpu.grouped_tiles import ALIGNED
-from pallas_kernels.gpu.interpreter import is_interpreted
 from sparsejax.compat import HAS_MOSAIC_GPU
 from sparsejax.moe.grouped_gradient import differentiable
 from sparsejax.typing import Array
@@ -16,8 +13,6 @@ from sparsejax.typing import Array
 __all__ = ["mosaic_gpu", "obstacle"]
 
 LEAST = 128  # rows: those of the largest tile
-# Interpreted programs run one after the other: a few show that they share the work.
-INTERPRETED = 3
 
 
 def mosaic_gpu(x: Array, w: Array, group_sizes: Array) -> Array:
@@ -43,35 +38,14 @@ def obstacle(x: Array, w: Array) -> str | None:
             f"with weights of {w.shape[1]} x {w.shape[2]}: both must be multiples of"
             f" {STEP}; pad them with zeros, or use 'xla'"
         )
-    kind = _device().device_kind
-    if is_interpreted() or (HAS_MOSAIC_GPU and re.search(r"\b(GH|H)\d+", kind)):
-        return None
-    return (
-        f"on {kind} with JAX {jax.__version__}: needs a Hopper GPU (H100, H200) and JAX"
-        " 0.11; use 'xla', or, to test on a CPU, trace under"
-        " pallas_kernels.gpu.interpreted()"
-    )
-
-
-def _device() -> jax.Device:
-    mesh = jax.sharding.get_abstract_mesh()
-    described = None if mesh.empty else mesh.abstract_device
-    return described or jax.devices()[0]
-
-
-def _programs() -> int:
-    """One for each multiprocessor."""
-    if is_interpreted():
-        return INTERPRETED
-    device = _device()
-    return getattr(device, "num_cores", None) or device.core_count
+    return device.obstacle(supported=HAS_MOSAIC_GPU)
 
 
 def _tiling(rows: int, columns: int, *, slots: int = 4) -> Tiling:
     """The largest tiles that divide a result of so many rows and columns."""
     height = next(n for n in (128, 64) if rows % n == 0)
     width = next(n for n in (256, 128, 64) if columns % n == 0)
-    return Tiling(rows=height, columns=width, slots=slots, programs=_programs())
+    return Tiling(rows=height, columns=width, slots=slots, programs=device.programs())
 
 
 def _padded(rows: Array) -> Array:

@@ -1,5 +1,7 @@
 """block_sparse_matmul: every implementation against the dense matrix, and its edges."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
+from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.masked import block_sparse
 from sparsejax.masked.block_sparse import BlockSparse, block_sparse_matmul
 
@@ -17,7 +20,15 @@ SHAPE = (GRID[0] * BLOCK[0], GRID[1] * BLOCK[1])
 CAPACITY = 9
 ALL = np.ones(GRID, bool)
 SOME = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 0], [1, 0, 1]], bool)  # empty both ways
-runs = pytest.mark.parametrize("name", ["reference", "xla", "mosaic_tpu"])
+INTERPRETERS = {"mosaic_tpu": tpu.interpreted, "mosaic_gpu": gpu.interpreted}
+ON_GPUS = "bfloat16", (64, 64)  # the least that those kernels take
+NAMES = ["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
+skipped = pytest.mark.skipif(
+    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
+)
+GPU = pytest.param("mosaic_gpu", marks=skipped)
+GPU_SLOWLY = pytest.param("mosaic_gpu", marks=[skipped, pytest.mark.slow])
+runs = pytest.mark.parametrize("name", [*NAMES[:3], GPU])
 
 
 def compiled(name):
@@ -31,15 +42,13 @@ def compiled(name):
         return y, *back(dy)
 
     def interpreted(*given):
-        if name != "mosaic_tpu":
-            return run(*given)
-        with tpu.interpreted():
-            return run(*given)
+        with INTERPRETERS.get(name, contextlib.nullcontext)():
+            return jax.block_until_ready(run(*given))
 
     return interpreted
 
 
-RUN = {name: compiled(name) for name in ("reference", "xla", "mosaic_tpu")}
+RUN = {name: compiled(name) for name in NAMES}
 
 
 @jax.jit
@@ -52,49 +61,72 @@ def dense(x, w, dy):
 def small_tiles(monkeypatch):
     monkeypatch.setattr("sparsejax.masked.block_sparse_xla.TALL", 16)
     monkeypatch.setattr("sparsejax.masked.block_sparse_tpu.TILE", 16 * 128)
+    # One program with two slots: both are used again, in one tile and in the next.
+    monkeypatch.setattr("pallas_kernels.gpu.device.INTERPRETED", 1)
+    monkeypatch.setattr("pallas_kernels.gpu.block_sparse.SLOTS", {64: 2})
 
 
-def operands(key, dtype="float32"):
+def operands(key, dtype="float32", block=BLOCK):
     keys = jax.random.split(key, 3)
-    shapes = (ROWS, SHAPE[0]), SHAPE, (ROWS, SHAPE[1])
+    d, f = (n * side for n, side in zip(GRID, block, strict=True))
+    shapes = (ROWS, d), (d, f), (ROWS, f)
     pairs = zip(keys, shapes, strict=True)
     return [jax.random.normal(k, s).astype(dtype) for k, s in pairs]
 
 
+def for_kernel(key, name):
+    return operands(key, *(ON_GPUS if name == "mosaic_gpu" else ()))
+
+
 def sparse(w, live):
-    return BlockSparse.from_dense(w, live, block=BLOCK, capacity=CAPACITY)
+    return BlockSparse.from_dense(w, live, capacity=CAPACITY)
 
 
-def elements(live):
-    return live.repeat(BLOCK[0], 0).repeat(BLOCK[1], 1)
+def elements(live, block=BLOCK):
+    return live.repeat(block[0], 0).repeat(block[1], 1)
+
+
+def assert_near(found, exact):
+    if found.dtype == jnp.float32:
+        np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
+        return
+    # Accumulated in float32, so one rounding of the result, 2**-9, remains.
+    found, exact = (a.astype("float32") for a in (found, exact))
+    assert jnp.abs(found - exact).max() <= 2**-8 * jnp.abs(exact).max()
+
+
+def exactly(x, w, dy):
+    return dense(*(a.astype("float32") for a in (x, w, dy)))
 
 
 def assert_right(name, x, w, dy, live):
     """Agree with the dense product when everything dead is NaN."""
-    mask = elements(live)
-    exact = dense(x, jnp.where(mask, w, 0), dy)
+    mask = elements(live, [n // m for n, m in zip(w.shape, GRID, strict=True)])
+    exact = exactly(x, jnp.where(mask, w, 0), dy)
     blocks = sparse(jnp.where(mask, w, jnp.nan), live)
     dead = jnp.asarray(~mask)
     x = jnp.where(dead.all(1)[None], jnp.nan, x)
     dy = jnp.where(dead.all(0)[None], jnp.nan, dy)
     y, dx, dw = RUN[name](x, blocks, dy)
-    dw = BlockSparse(dw, blocks.rows, blocks.columns, SHAPE).to_dense()
+    dw = BlockSparse(dw, blocks.rows, blocks.columns, w.shape).to_dense()
     wanted = exact[0], exact[1], jnp.where(mask, exact[2], 0)
     for a, b in zip((y, dx, dw), wanted, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        assert_near(a, b)
     assert not y[:, dead.all(0)].any()
     assert not dx[:, dead.all(1)].any()
 
 
 @runs
 def test_empty_rows_and_columns_give_zero_and_nothing_dead_is_read(key, name):
-    assert_right(name, *operands(key), SOME)
+    assert_right(name, *for_kernel(key, name), SOME)
 
 
 @runs
 @pytest.mark.parametrize("live", [0, 1], ids=["nothing", "one column"])
 def test_few_live_blocks_are_right_with_their_gradients(key, name, live):
-    assert_right(name, *operands(key), ALL & np.array([False, False, bool(live)]))
+    assert_right(
+        name, *for_kernel(key, name), ALL & np.array([False, False, bool(live)])
+    )
 
 
 @given(seed=st.integers(0, 100), density=st.floats(0, 1))
@@ -106,24 +138,25 @@ def test_any_blocks_agree_with_the_dense_product(seed, density):
         assert_right("xla", *operands(jax.random.key(seed)), live)
 
 
-@runs
+@pytest.mark.parametrize("name", [*NAMES[:3], GPU_SLOWLY])
 def test_all_blocks_are_the_dense_product(key, name):
-    x, w, dy = operands(key)
+    x, w, dy = for_kernel(key, name)
     every = BlockSparse.from_dense(w, ALL)
-    for a, b in zip(RUN[name](x, every, dy)[:2], dense(x, w, dy)[:2], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(RUN[name](x, every, dy)[:2], exactly(x, w, dy)[:2], strict=True):
+        assert_near(a, b)
 
 
-def test_entries_may_come_in_any_order_and_add_up(key):
-    x, w, dy = operands(key)
+@pytest.mark.parametrize("name", ["reference", "xla", GPU])
+def test_entries_may_come_in_any_order_and_add_up(key, name):
+    x, w, dy = for_kernel(key, name)
     blocks = sparse(w, SOME)
     order = np.array([4, 0, 8, 2, 1, 7, 3, 2, 5])
     mixed = jax.tree.map(lambda a: a[order], blocks)
-    exact = dense(x, mixed.to_dense(), dy)
-    for name in ("reference", "xla"):
-        y, dx, _ = RUN[name](x, mixed, dy)
-        np.testing.assert_allclose(y, exact[0], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(dx, exact[1], rtol=1e-5, atol=1e-5)
+    full = mixed.values.astype("float32")  # two of them are added up
+    full = BlockSparse(full, mixed.rows, mixed.columns, w.shape).to_dense()
+    exact = exactly(x, full, dy)
+    for a, b in zip(RUN[name](x, mixed, dy)[:2], exact[:2], strict=True):
+        assert_near(a, b)
 
 
 def test_a_dense_matrix_comes_back_as_it_was(key):
@@ -133,18 +166,19 @@ def test_a_dense_matrix_comes_back_as_it_was(key):
     assert jnp.array_equal(masked, jnp.where(elements(SOME)[:-3, :-2], w, 0))
 
 
-@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["reference", "xla", GPU_SLOWLY])
 def test_a_matrix_that_ends_inside_a_block_is_right(key, name):
-    x, w, dy = operands(key)
+    x, w, dy = for_kernel(key, name)
+    block = [n // m for n, m in zip(w.shape, GRID, strict=True)]
     x, w, dy = x[:, :-3], w[:-3, :-2], dy[:, :-2]
     blocks = sparse(w, SOME)
-    exact = dense(x, blocks.to_dense(), dy)
     y, dx, dw = RUN[name](x, blocks, dy)
-    np.testing.assert_allclose(y, exact[0], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dx, exact[1], rtol=1e-5, atol=1e-5)
+    exact = exactly(x, blocks.to_dense(), dy)
+    live = elements(SOME, block)[:-3, :-2]
     dw = BlockSparse(dw, blocks.rows, blocks.columns, w.shape).to_dense()
-    live = elements(SOME)[:-3, :-2]
-    np.testing.assert_allclose(dw, jnp.where(live, exact[2], 0), rtol=1e-5, atol=1e-5)
+    wanted = exact[0], exact[1], jnp.where(live, exact[2], 0)
+    for a, b in zip((y, dx, dw), wanted, strict=True):
+        assert_near(a, b)
 
 
 @pytest.mark.parametrize("rows", [0, 1, 17])
@@ -173,24 +207,32 @@ def test_traced_masks_compile_once(key):
 
 @runs
 def test_bfloat16_is_as_good_as_a_dense_product_in_bfloat16(key, name):
-    x, w, dy = operands(key, "bfloat16")
+    block = ON_GPUS[1] if name == "mosaic_gpu" else BLOCK
+    x, w, dy = operands(key, "bfloat16", block)
     blocks = sparse(w, SOME)
     full = [jax.tree.map(lambda a: a.astype("float32"), t) for t in (x, blocks, dy)]
-    full[1] = BlockSparse(full[1].values, blocks.rows, blocks.columns, SHAPE)
+    full[1] = BlockSparse(full[1].values, blocks.rows, blocks.columns, w.shape)
     for a, b in zip(RUN[name](x, blocks, dy), RUN["reference"](*full), strict=True):
         assert a.dtype == jnp.bfloat16
-        # Accumulated in float32, so one rounding of the result, 2**-9, remains.
-        assert jnp.abs(a.astype("float32") - b).max() <= 2**-8 * jnp.abs(b).max()
+        assert_near(a, b)
 
 
-@pytest.mark.parametrize("name", ["reference", "xla"])
-def test_rows_on_eight_devices_give_the_sums_of_one(key, name):
-    x, w, dy = operands(key)
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("reference", 8),
+        ("xla", 8),
+        # The interpreter knows one device.
+        pytest.param("mosaic_gpu", 1, marks=[skipped, pytest.mark.slow]),
+    ],
+)
+def test_rows_on_many_devices_give_the_sums_of_one(key, name, devices):
+    x, w, dy = for_kernel(key, name)
     blocks, rows = sparse(w, SOME), PartitionSpec("data")
 
     def values_of(x, values, dy):
         def f(x, values):
-            own = BlockSparse(values, blocks.rows, blocks.columns, SHAPE)
+            own = BlockSparse(values, blocks.rows, blocks.columns, w.shape)
             return block_sparse_matmul(x, own, implementation=name)
 
         y, back = jax.vjp(f, x, values)
@@ -199,16 +241,25 @@ def test_rows_on_eight_devices_give_the_sums_of_one(key, name):
     whole = PartitionSpec()
     run = jax.shard_map(
         values_of,
-        mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
+        mesh=jax.make_mesh(
+            (devices,),
+            ("data",),
+            axis_types=(AxisType.Auto,),
+            devices=jax.devices()[:devices],
+        ),
         in_specs=(rows, whole, rows),
         out_specs=(rows, rows, whole),
     )
     alone = RUN["reference"](x, blocks, dy)
-    for a, b in zip(jax.jit(run)(x, blocks.values, dy), alone, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    with INTERPRETERS.get(name, contextlib.nullcontext)():
+        found = jax.block_until_ready(jax.jit(run)(x, blocks.values, dy))
+    for a, b in zip(found, alone, strict=True):
+        assert_near(a, b)
 
 
-@pytest.mark.parametrize(("here", "name"), [("cpu", "xla"), ("tpu", "mosaic_tpu")])
+@pytest.mark.parametrize(
+    ("here", "name"), [("cpu", "xla"), ("gpu", "xla"), ("tpu", "mosaic_tpu")]
+)
 def test_none_takes_the_kernel_of_the_platform(here, name, monkeypatch):
     monkeypatch.setattr(block_sparse, "platform", lambda: here)
     assert block_sparse._default() == name
@@ -269,13 +320,16 @@ def test_a_traced_mask_without_a_capacity_is_refused(key):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "side", "words"),
+    ("name", "dtype", "side", "words"),
     [
-        ("float16", 8, "with float16.*cast x and the weight to one"),
-        ("float32", 2048, r"blocks of \(2048, 2048\).*into smaller blocks"),
+        ("mosaic_tpu", "float16", 8, "with float16.*cast x and the weight to one"),
+        ("mosaic_tpu", "float32", 2048, r"blocks of \(2048, 2048\).*into smaller"),
+        ("mosaic_gpu", "float32", 64, "with float32.*cast x and the weight, or use"),
+        ("mosaic_gpu", "bfloat16", 96, r"blocks of \(96, 96\).*multiples of 64; cut"),
+        ("mosaic_gpu", "bfloat16", 64, "on cpu .*needs a Hopper GPU"),
     ],
 )
-def test_a_kernel_that_cannot_run_says_why(dtype, side, words):
+def test_a_kernel_that_cannot_run_says_why(name, dtype, side, words):
     w = BlockSparse.from_dense(jnp.zeros((side, side), dtype), np.ones((1, 1), bool))
     with pytest.raises(ValueError, match=words):
-        block_sparse_matmul(jnp.zeros((8, side), dtype), w, implementation="mosaic_tpu")
+        block_sparse_matmul(jnp.zeros((8, side), dtype), w, implementation=name)
