@@ -229,7 +229,8 @@ def test_a_selector_that_chooses_everything_is_dense(name, key):
     np.testing.assert_allclose(*values, **CLOSE)
 
 
-@pytest.mark.parametrize("name", slowly(ABLE, but={"moba"}))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ABLE)
 def test_a_selector_chooses_the_same_keys_of_a_cache(name, key):
     model = layer(config(selector=name, selection=SOME[name]))
     x = jax.random.normal(key, (2, T, WIDTH))
