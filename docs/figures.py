@@ -1,6 +1,6 @@
 """The pages' figures: `python docs/figures.py` draws them again.
 
-Three show what the code does to numbers drawn at random, one is of `results/`.
+Three show what the code does to numbers drawn at random, two are of `results/`.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from sparsejax.attention import PATTERNS, BlockMask, causal, first, sliding_wind
 from sparsejax.bench.table import read_rows
 from sparsejax.masked import STRUCTURES
 from sparsejax.moe import ROUTERS, expert_load, updated_bias
+from sparsejax.sweep import read_table
 from sparsejax.train.mask_plots import draw_mask
 from sparsejax.train.plots import style
 
@@ -119,6 +120,28 @@ def slots() -> Figure:
     return figure
 
 
+def frontier() -> Figure:
+    """Draw what FLOPs and parameters buy, of ``results/frontier.csv``."""
+    rows = read_table("frontier")
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    cost, size = figure.subplots(1, 2, sharey=True)
+    longest = rows["tokens"] == rows["tokens"].max()
+    kinds = dict.fromkeys(rows["kind"].tolist())
+    for kind, marker in zip(kinds, "osD^vP*", strict=True):
+        own = rows["kind"] == kind
+        look = {"marker": marker, "markersize": 4, "label": kind, "linewidth": 0.8}
+        for axes, x, seen in (
+            (cost, "useful_flops", own & longest),
+            (size, "parameters_total", own & longest),
+        ):
+            axes.plot(rows[x][seen], rows["loss"][seen], **look)
+    cost.set(xscale="log", xlabel="useful FLOPs of the run", ylabel="loss (nats/byte)")
+    size.set(xscale="log", xlabel="parameters")
+    cost.xaxis.set_minor_formatter(NullFormatter())
+    cost.legend()
+    return figure
+
+
 def structures() -> Figure:
     """Draw the masks that each structure makes of the same scores."""
     made: dict[str, dict[str, Any]] = {
@@ -142,6 +165,7 @@ def structures() -> Figure:
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
+    "frontier": frontier,
     "patterns": patterns,
     "routers": loads,
     "slots": slots,
