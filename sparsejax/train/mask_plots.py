@@ -69,7 +69,7 @@ def draw_changes(axes: Axes, table: Table) -> Axes:
     for name in (name for name in CHANGES if named(table, name)):
         seen = column(table, name)
         axes.plot(seen.steps, seen.values, label=CHANGES[name])
-    axes.set_ylim(0, 1.05)
+    axes.set_ylim(bottom=0)
     axes.set_ylabel("share")
     legend_beside(axes, 2, None)
     return over_steps(axes)

@@ -28,6 +28,9 @@ from sparsejax.typing import Array, Float, Int, PyTree
 __all__ = ["Losses", "State", "Step", "compiled", "statistics"]
 
 
+FLIPS = "masked/flip_rate"  # in the names of what counts them
+
+
 class State(NamedTuple):
     """All that a run changes."""
 
@@ -36,6 +39,7 @@ class State(NamedTuple):
     variables: PyTree  # every other nnx.Variable: router biases, centroids
     opt: PyTree  # the optimiser's moments, the masks, and what rows keep
     fault: Int[Array, "2"]  # step and statistic that first were not finite, or -1
+    flips: dict[str, Array]  # of masks, summed over the steps since a line was logged
 
 
 class Losses(NamedTuple):
@@ -129,8 +133,12 @@ class Step:
                 self.tables.refuse_masks(targets(params, self.config.masked))
             rest = self.optimizer.init(split(params)[1])
             opt = BothStates(rest, self.tables.init(params))
-        fault = jnp.full(2, -1, jnp.int32)
-        return State(jnp.zeros((), jnp.int32), params, variables, opt, fault)
+        fault, flips = jnp.full(2, -1, jnp.int32), {}
+        if self.config.masked is not None:
+            masks = masked.masks_of(opt)
+            found = masked.metrics(masks, masks)
+            flips = {k: jnp.zeros_like(x) for k, x in found.items() if FLIPS in k}
+        return State(jnp.zeros((), jnp.int32), params, variables, opt, fault, flips)
 
     def model(self, state: State) -> Transformer:
         """Build the model that the state describes, masks and decay applied."""
@@ -223,10 +231,28 @@ class Step:
         fault = _first_fault(state.fault, step, values)
         metrics = scalars | said | {"learning_rate": self.schedule(self._clock(state))}
         metrics |= {"batch_tokens": losses.tokens}
-        if self.config.masked is not None:
-            masks, before = masked.masks_of(opt), masked.masks_of(state.opt)
-            metrics |= masked.metrics(masks, before, **masked.tracked_of(opt))
-        return State(step, params, variables, opt, fault), metrics
+        flips, changes = self._changes(state, opt)
+        return State(step, params, variables, opt, fault, flips), metrics | changes
+
+    def _changes(self, state: State, opt: Any) -> tuple[dict[str, Array], Any]:
+        """Give what of masks has flipped since the last line, and their metrics.
+
+        Masks move at some steps and lines are logged at others, so a line has the mean
+        of the steps since the one before.
+        """
+        if self.config.masked is None:
+            return {}, {}
+        masks, before = masked.masks_of(opt), masked.masks_of(state.opt)
+        found = masked.metrics(masks, before, **masked.tracked_of(opt))
+        since = state.step % self.config.train.log_every
+        flips = {
+            name: found[name] + jnp.where(since == 0, 0.0, known)
+            for name, known in state.flips.items()
+        }
+        steps = (since + 1).astype(jnp.float32)
+        found |= {name: total / steps for name, total in flips.items()}
+        found["masked/sad"] = found[FLIPS] / found["masked/density"]
+        return flips, found
 
     def _moved(self, state: State, grads: PyTree, told: Any) -> tuple[PyTree, Any, Any]:
         """Apply the gradients; also give the norms of all of them and of the updates.

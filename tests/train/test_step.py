@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sparsejax.masked import masks_of
 from sparsejax.train.step import statistics
 from sparsejax.tree import leaves
 from tests.slowly import slowly
@@ -74,6 +75,20 @@ def test_masked_weights_are_zero_and_as_many_as_planned(alone):
     zeros = (expert == 0).sum(axis=(-2, -1))
     assert (zeros == expert[0, 0].size // 2).all()
     assert (weights["embedding"] != 0).all()
+
+
+def test_a_line_has_the_mean_of_the_flips_since_the_line_before(alone):
+    # Masks first lose weights in the ninth step, and every second step is logged.
+    _, state, train, _, mesh = toy.start(toy.toy(), toy.one_device())
+    seen = []
+    with jax.set_mesh(mesh):
+        for index in range(10):
+            state, metrics = train(state, toy.batch(index))
+            seen.append({p: np.array(x[...]) for p, x in masks_of(state.opt).items()})
+    moved = {p: seen[9][p] != x for p, x in seen[7].items()}
+    share = sum(x.sum() for x in moved.values()) / sum(x.size for x in moved.values())
+    assert share > 0.1
+    np.testing.assert_allclose(metrics["masked/flip_rate"], share / 2, rtol=1e-5)
 
 
 def test_evaluation_changes_nothing_and_counts_real_tokens():
