@@ -128,13 +128,10 @@ def frontier() -> Figure:
     longest = rows["tokens"] == rows["tokens"].max()
     kinds = dict.fromkeys(rows["kind"].tolist())
     for kind, marker in zip(kinds, "osD^vP*", strict=True):
-        own = rows["kind"] == kind
+        own = longest & (rows["kind"] == kind)
         look = {"marker": marker, "markersize": 4, "label": kind, "linewidth": 0.8}
-        for axes, x, seen in (
-            (cost, "useful_flops", own & longest),
-            (size, "parameters_total", own & longest),
-        ):
-            axes.plot(rows[x][seen], rows["loss"][seen], **look)
+        cost.plot(rows["useful_flops"][own], rows["loss"][own], **look)
+        size.plot(rows["parameters_total"][own], rows["loss"][own], **look)
     cost.set(xscale="log", xlabel="useful FLOPs of the run", ylabel="loss (nats/byte)")
     size.set(xscale="log", xlabel="parameters")
     cost.xaxis.set_minor_formatter(NullFormatter())

@@ -3,7 +3,7 @@
     python sweep.py --config=configs/sweeps/frontier.py --workers=2
 
 Seven kinds, four sizes, three budgets of tokens, one seed: 84 runs of two layers.
-docs/scaling.md fits laws to its rows, which predict the run of ``frontier_next``.
+docs/scaling.md fits laws to its rows, which predict the runs of ``frontier_next``.
 """
 
 from configs import dense

@@ -6,7 +6,7 @@ from pallas_kernels.gpu import device
 from pallas_kernels.gpu.block_sparse import fitting, rows_by_blocks, rows_by_rows
 from pallas_kernels.gpu.grouped_frame import STEP
 from sparsejax.compat import HAS_MOSAIC_GPU
-from sparsejax.masked.block_sparse_gradient import Lists, differentiable
+from sparsejax.masked.block_sparse_gradient import Lists, differentiable, filled
 from sparsejax.typing import Array
 
 __all__ = ["mosaic_gpu", "obstacle"]
@@ -42,11 +42,6 @@ def obstacle(x: Array, values: Array) -> str | None:
     return device.obstacle(supported=HAS_MOSAIC_GPU)
 
 
-def _filled(rows: Array, tall: int) -> Array:
-    missing = -rows.shape[0] % tall
-    return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
-
-
 def _rows_by_weights(
     x: Array, values: Array, own: Array, other: Array, count: int, *, turned: bool
 ) -> Array:
@@ -54,7 +49,7 @@ def _rows_by_weights(
     width = values.shape[1 if turned else 2]
     tiling = fitting(tall, width, programs=device.programs())
     lists = Lists.of(own, count)
-    padded = _filled(x, tall)
+    padded = filled(x, tall)
     y = rows_by_blocks(padded, values, other, lists, tiling=tiling, turned=turned)
     return y[: x.shape[0]]
 
@@ -64,7 +59,7 @@ def _rows_by_rows(
 ) -> Array:
     tall, wide = (a.shape[1] // n for a, n in zip((x, dy), grid, strict=True))
     tiling = fitting(tall, wide, programs=device.programs())
-    x, dy = _filled(x, STEP), _filled(dy, STEP)
+    x, dy = filled(x, STEP), filled(dy, STEP)
     return rows_by_rows(x, dy, (rows, columns), sides=(tall, wide), tiling=tiling)
 
 

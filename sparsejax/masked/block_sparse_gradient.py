@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from sparsejax.partition import alike
 from sparsejax.typing import Array, Int
 
-__all__ = ["Lists", "differentiable"]
+__all__ = ["Lists", "differentiable", "filled"]
 
 
 class Lists(NamedTuple):
@@ -60,3 +60,9 @@ def differentiable(by_weights: ByWeights, by_rows: ByRows) -> Callable[..., Arra
 
     product.defvjp(forward, backward)
     return lambda *given: product(*alike(given[:4]), given[4])
+
+
+def filled(x: Array, tall: int) -> Array:
+    """Add rows of zeros up to a multiple of a tile's."""
+    missing = -x.shape[0] % tall
+    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x

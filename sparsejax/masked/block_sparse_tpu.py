@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.tpu.block_sparse import Side, rows_by_blocks, rows_by_rows
 from pallas_kernels.tpu.interpreter import is_interpreted
-from sparsejax.masked.block_sparse_gradient import Lists, differentiable
+from sparsejax.masked.block_sparse_gradient import Lists, differentiable, filled
 from sparsejax.partition import platform
 from sparsejax.typing import Array
 
@@ -59,8 +59,7 @@ def _side(blocks: int, size: int) -> Side:
 
 def _laid_out(x: Array, side: Side, tile: int) -> Array:
     """Give rows as the kernels read them, filled up with zeros to whole tiles."""
-    missing = -x.shape[0] % tile
-    x = jnp.pad(x, ((0, missing), (0, 0))) if missing else x
+    x = filled(x, tile)
     if not side.split:
         return x[None]
     return x.reshape(x.shape[0], side.blocks, side.size).swapaxes(0, 1)

@@ -7,7 +7,7 @@ of rows are on the outside, and tall: a product of few rows costs more to start.
 import jax.numpy as jnp
 from jax import lax
 
-from sparsejax.masked.block_sparse_gradient import Lists, differentiable
+from sparsejax.masked.block_sparse_gradient import Lists, differentiable, filled
 from sparsejax.typing import Array
 
 __all__ = ["xla"]
@@ -19,7 +19,7 @@ def _rows_by_weights(
     x: Array, values: Array, own: Array, other: Array, count: int, *, turned: bool
 ) -> Array:
     lists, rows, tall = Lists.of(own, count), x.shape[0], _tall(x.shape[0])
-    x = _filled(x, tall)
+    x = filled(x, tall)
     inner, outer = values.shape[1:][:: -1 if turned else 1]
 
     def tile(i: Array, y: Array) -> Array:
@@ -46,7 +46,7 @@ def _rows_by_rows(
     x: Array, dy: Array, rows: Array, columns: Array, grid: tuple[int, int]
 ) -> Array:
     lists, tall = Lists.of(rows, grid[0]), _tall(x.shape[0])
-    x, dy = _filled(x, tall), _filled(dy, tall)
+    x, dy = filled(x, tall), filled(dy, tall)
     high, wide = (a.shape[1] // n for a, n in zip((x, dy), grid, strict=True))
 
     def tile(i: Array, total: Array) -> Array:
@@ -74,11 +74,6 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
 def _tall(rows: int) -> int:
     """Cut rows into equal tiles."""
     return -(-rows // -(-rows // TALL))
-
-
-def _filled(x: Array, tall: int) -> Array:
-    missing = -x.shape[0] % tall
-    return jnp.pad(x, ((0, missing), (0, 0))) if missing else x
 
 
 xla = differentiable(_rows_by_weights, _rows_by_rows)
