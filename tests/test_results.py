@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sparsejax.bench import claims, comparison, selectors
+from sparsejax.bench import claims, comparison, frontier, selectors
 from sparsejax.bench.table import read_rows
 from tests.sources import ROOT
 
@@ -16,6 +16,9 @@ NUMBER = r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])"
 SUMMARIES = {
     "claims": claims.table,
     "comparison": comparison.table,
+    "frontier": frontier.losses,
+    "frontier_fits": frontier.fits_table,
+    "frontier_predicted": frontier.predicted_table,
     "selectors": selectors.summary,
 }
 
@@ -64,7 +67,7 @@ def test_a_cell_is_told_apart_from_what_a_row_does_not_say():
 
 def test_the_tables_of_results_are_marked_as_such():
     names = {parameter.values[0] for parameter in marked()}
-    assert names >= {"aot", "attention_gpu", "comparison", "memory", "selectors"}
+    assert names >= {"aot", "attention_gpu", "comparison", "frontier", "memory", "selectors"}
 
 
 @pytest.mark.parametrize(("name", "table"), list(marked()))

@@ -15,6 +15,7 @@ BENCHES = (
     "decode",
     "facts",
     "finetuned",
+    "frontier",
     "interop",
     "masked",
     "masked_gpu",
