@@ -2,17 +2,18 @@
 
 Every docstring may carry lines ``Source: Authors Year, arXiv:ID, place``; where a paper
 is not on arXiv, ``doi:…`` or the venue stands for the ID, and ``;`` separates two
-papers. ``entries`` pairs each of them with the function it describes, a test that
-names that function, and the configs and notebooks that use it, or else the field that
-chooses it. What was reproduced is said where it is checked: in the test's mark
-``published("…")``. A method without a test of its own is an error, so nothing is listed
-that was not checked.
+papers. ``entries`` pairs each of them with the function it describes, a test that names
+that function, and the configs and notebooks that use it, or else the field that chooses
+it. What was reproduced is said where it is checked: in the test's mark
+``published("…")``, or in ``results/verdicts.csv``, where a study compared methods. A
+method without a test of its own is an error, so nothing is listed that was not checked.
 
     python -m sparsejax.papers [--family=moe] [--search=routing] [--write]
 """
 
 import argparse
 import ast
+import csv
 import functools
 import json
 import re
@@ -57,7 +58,7 @@ class Entry(NamedTuple):
     test: str  # "tests/moe/test_routers.py::test_…", or empty
     users: tuple[str, ...]  # configs and notebooks, or the field that chooses it
     status: str  # "verified", "tested" or "missing"
-    reproduced: str  # what of the paper a test finds again, or empty
+    reproduced: str  # what of the paper a test or a study finds again, or empty
 
     @property
     def family(self) -> str:
@@ -81,10 +82,10 @@ def entries(root: Path = ROOT) -> list[Entry]:
         t for path in sorted(root.glob("tests/**/test_*.py")) for t in _tests(path)
     ]
     users = _users(root)
-    found = []
+    studied, found = _studied(root), []
     for package in ("sparsejax", "pallas_kernels"):
         for path in sorted((root / package).rglob("*.py")):
-            found += _of_module(path, root, tests, users)
+            found += _of_module(path, root, tests, users, studied)
     return sorted(found, key=lambda e: (e.family, e.citation.year, e.citation, e.name))
 
 
@@ -98,6 +99,7 @@ def markdown(rows: list[Entry]) -> str:
         f"{count} papers, {len(rows)} methods.",
         "`tested`: agrees with an oracle of ours. `verified`: a test also reproduces a",
         "number or an ordering that the paper prints; the last column says which.",
+        "Claims are those of [a study of ours](masked.md); the page has each one.",
         "Where no config or notebook uses a method, its field does:",
         "`python train.py --config=… --config.FIELD=NAME`.",
     ]
@@ -238,8 +240,23 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
                     yield node.name, ast.get_docstring(inner) or ""
 
 
+def _studied(root: Path) -> dict[str, str]:
+    """How a study's claims about each method came out, by the key that chooses it."""
+    path, found = root / "results" / "verdicts.csv", {}
+    rows = [*csv.DictReader(path.read_text().splitlines())] if path.is_file() else []
+    for method in {row["method"] for row in rows}:
+        own = [row["verdict"] for row in rows if row["method"] == method]
+        counts = (f"{own.count(v)} {v}" for v in dict.fromkeys(sorted(own)))
+        found[f"masked.{method}"] = f"{len(own)} claims: {', '.join(counts)}"
+    return found
+
+
 def _of_module(
-    path: Path, root: Path, tests: list[Test], users: dict[str, set[str]]
+    path: Path,
+    root: Path,
+    tests: list[Test],
+    users: dict[str, set[str]],
+    studied: dict[str, str],
 ) -> Iterator[Entry]:
     module, tree = _module_name(path, root), _tree(path)
     near = [t for t in tests if _mirrors(t, module)]
@@ -255,6 +272,8 @@ def _of_module(
             own = _ranked(_users_of(name, tree), near, module) or own
         used = tuple(user for user, said in users.items() if words & said)
         fields = (f"{FIELDS[t]}={key}" for t, key in chosen.items() if t in FIELDS)
+        claims = (studied.get(f"{_part(module)}.{key}", "") for key in chosen.values())
+        reproduced = [own[0].published if own else "", *claims]
         for citation in (c for line in lines for c in parse(line)):
             yield Entry(
                 citation=citation,
@@ -263,7 +282,7 @@ def _of_module(
                 test=own[0].where.removeprefix(f"{root.as_posix()}/") if own else "",
                 users=used or tuple(fields)[:1],
                 status=_status(own),
-                reproduced=own[0].published if own else "",
+                reproduced="; ".join(dict.fromkeys(filter(None, reproduced))),
             )
 
 

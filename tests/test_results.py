@@ -67,7 +67,14 @@ def test_a_cell_is_told_apart_from_what_a_row_does_not_say():
 
 def test_the_tables_of_results_are_marked_as_such():
     names = {parameter.values[0] for parameter in marked()}
-    assert names >= {"aot", "attention_gpu", "comparison", "frontier", "memory", "selectors"}
+    assert names >= {
+        "aot",
+        "attention_gpu",
+        "comparison",
+        "frontier",
+        "memory",
+        "selectors",
+    }
 
 
 @pytest.mark.parametrize(("name", "table"), list(marked()))

@@ -6,7 +6,8 @@ Methods have the numbers of their papers where these do not depend on the length
 run, and are not tuned. The one thing that is chosen is each task's learning rate: of
 three, the one at which the dense network does best, on seeds that nothing else uses. A
 run is a row of ``results/claims.csv``; runs that are there already, by the fingerprint
-of their settings, are not run again, so the study can be made in pieces.
+of their settings, are not run again, so the study can be made in pieces. What they say
+of each claim goes to ``results/verdicts.csv``.
 """
 
 import argparse
@@ -35,6 +36,7 @@ WIDTHS = (16, 64, 256)
 DENSITIES = (0.1, 0.05)
 GROUPS = (8, 16)
 AVERAGES = (0.6, 0.4)
+STANDS_FOR = {"structure_decay": "halving"}  # the schedule that makes it
 
 COLUMNS = {"claim": "claim", "found": "found", "verdict": "verdict"}
 ROWS = {"setting": "setting", "weights": "weights", "average": "on average"}
@@ -182,6 +184,7 @@ def measured(name: str, run: Run, seed: int, train: Trainer) -> None:
 class Found(NamedTuple):
     """A claim, and the mean of a difference with half of its 95 % interval."""
 
+    method: str  # that it is about, by the name a config chooses it by
     claim: str
     mean: float
     half: float
@@ -227,22 +230,22 @@ def _pairs() -> Iterator[tuple[str, str]]:
 
 def findings(rows: Rows) -> Iterator[Found]:
     """Test each claim for which there are two seeds."""
-    for claim, values, unit, margin in _compared(rows):
+    for method, claim, values, unit, margin in _compared(rows):
         if len(values) > 1:
-            yield Found(claim, *interval(values), unit, margin)
+            yield Found(method, claim, *interval(values), unit, margin)
 
 
-def _compared(rows: Rows) -> Iterator[tuple[str, list[float], str, float | None]]:
+def _compared(rows: Rows) -> Iterator[tuple[str, str, list[float], str, float | None]]:
     for task in TASKS:
         for one, other in _pairs():
             values = _differences(rows, f"{one}, {task}", f"{other}, {task}")
             name, _, size = one.partition(", ")
             claim = f"`{name}` above `{other.partition(',')[0]}`, {size}, {task}"
-            yield claim, values, UNITS[task], None
+            yield STANDS_FOR.get(name, name), claim, values, UNITS[task], None
     for density in AVERAGES:
         names = f"journey to {density:.0%}", f"dense for {density:.0%}"
         claim = f"pruned to {density:.0%} within 1 % of dense with the average weights"
-        yield claim, _differences(rows, *names), UNITS["bytes"], 1.0
+        yield "geometric", claim, _differences(rows, *names), UNITS["bytes"], 1.0
     for narrow, wide in itertools.pairwise(WIDTHS):
         gaps = [
             _differences(rows, f"dense, width {w}", f"static, width {w}")
@@ -250,7 +253,7 @@ def _compared(rows: Rows) -> Iterator[tuple[str, list[float], str, float | None]
         ]
         closed = [a - b for a, b in zip(*gaps, strict=False)]
         claim = f"random pruning to 10 % closes on dense from width {narrow} to {wide}"
-        yield claim, closed, UNITS["digits"], None
+        yield "erk", claim, closed, UNITS["digits"], None
 
 
 def summary(rows: Rows) -> list[dict[str, str]]:
@@ -282,19 +285,23 @@ def by_setting(
     return found
 
 
-def table(rows: Sequence[Mapping[str, str]]) -> str:
-    """Say in Markdown what the rows say of each claim."""
+def verdicts(rows: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """Say what the rows say of each claim."""
     rates = chosen(by_setting(rows, choosing(), CHOOSING))
-    found = findings(by_setting(rows, settings(rates), SEEDS))
-    lines = [
+    return [
         {
+            "method": x.method,
             "claim": x.claim,
             "found": f"{x.mean:+.2f} ± {x.half:.2f} {x.unit}",
             "verdict": x.verdict,
         }
-        for x in found
+        for x in findings(by_setting(rows, settings(rates), SEEDS))
     ]
-    return markdown(lines, COLUMNS)
+
+
+def table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Lay the verdicts out."""
+    return markdown(verdicts(rows), COLUMNS)
 
 
 def main(argv: list[str]) -> int:
@@ -308,7 +315,9 @@ def main(argv: list[str]) -> int:
     for runs, seeds in ((choosing(), CHOOSING), (_chosen_settings(), SEEDS)):
         lines = summary(by_setting(rows, runs, seeds))
         sys.stdout.write(markdown(lines, ROWS) + "\n\n")
-    sys.stdout.write(table(rows) + "\n")
+    found = verdicts(rows)
+    write_rows("verdicts", [line | provenance() for line in found])
+    sys.stdout.write(markdown(found, COLUMNS) + "\n")
     return 0
 
 

@@ -16,30 +16,34 @@ from typing import Any
 
 import numpy as np
 
-from sparsejax.bench.table import markdown, provenance, write_rows
+from sparsejax.bench.table import markdown, provenance, read_rows, write_rows
 from sparsejax.scaling import LAWS, Fit, fit
-from sparsejax.sweep import read_table
 
 # What of the joint law these runs can tell: size, data and routing.
 HELD = {"fine": 0, "gamma": 1, "masked": 0, "mu": 1, "context": 0, "reading": 0}
 HELD |= {"first": 1, "last_inverse": 0, "shape": 1}
 RESAMPLED = 10
+BASE = "dense"
 
 FITS = {"law": "law", "what": "what", "value": "value", "between": "95 % of refits"}
 PREDICTED = ("kind", "law", "expected", "measured", "error")
 
 
-def columns(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def columns(rows: Sequence[Mapping[str, str]]) -> dict[str, np.ndarray]:
     """Give a sweep's columns the names that laws read them by."""
-    names = ("tokens", "granularity", "loss", "kind")
+
+    def numbers(name: str) -> np.ndarray:
+        return np.array([float(row[name]) for row in rows])
+
     return {
-        "average": rows["parameters_average"],
-        "active": rows["parameters_active"],
-        "total": rows["parameters_total"],
-        "density": np.ones(len(rows["loss"])),
-        "attention": rows["attention_density"],
-        "length": rows["seq_len"],
-        **{name: rows[name] for name in names},
+        "average": numbers("parameters_average"),
+        "active": numbers("parameters_active"),
+        "total": numbers("parameters_total"),
+        "density": np.ones(len(rows)),
+        "attention": numbers("attention_density"),
+        "length": numbers("seq_len"),
+        "kind": np.array([json.loads(row["labels"])["kind"] for row in rows]),
+        **{name: numbers(name) for name in ("tokens", "granularity", "loss")},
     }
 
 
@@ -52,7 +56,7 @@ def rows_of(
 
 def is_masked(table: Mapping[str, np.ndarray]) -> np.ndarray:
     """Say which rows are of masked models."""
-    return np.char.endswith(table["kind"].astype(str), "masked")
+    return np.char.endswith(table["kind"], "masked")
 
 
 def fits(table: Mapping[str, np.ndarray]) -> dict[str, Fit]:
@@ -60,13 +64,13 @@ def fits(table: Mapping[str, np.ndarray]) -> dict[str, Fit]:
 
     The masked runs are held out of the first, the memory of the second.
     """
-    plain = rows_of(table, (table["kind"] == "dense") | is_masked(table))
+    plain = rows_of(table, (table["kind"] == BASE) | is_masked(table))
     wide = rows_of(table, ~is_masked(table))
     return {
         "average_parameters": fit(
             LAWS["average_parameters"],
             plain,
-            held_out=plain["kind"] != "dense",
+            held_out=plain["kind"] != BASE,
             starts=6,
             bootstrap=RESAMPLED,
         ),
@@ -158,10 +162,10 @@ def predicted_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def main(argv: list[str]) -> int:
     """Fit, predict, write both files, and print them."""
     argparse.ArgumentParser(prog="python -m sparsejax.bench frontier").parse_args(argv)
-    table = columns(read_table("frontier"))
+    table = columns(read_rows("frontier"))
     found = fits(table)
     fitted = [row | provenance() for row in described(found, table)]
-    larger = columns(read_table("frontier_next"))
+    larger = columns(read_rows("frontier_next"))
     expected = [row | provenance() for row in predicted(found, larger)]
     write_rows("frontier_fits", fitted)
     write_rows("frontier_predicted", expected)

@@ -7,6 +7,7 @@ import pytest
 
 from sparsejax.bench import claims, perceptron
 from sparsejax.bench.perceptron import Data, Run
+from sparsejax.bench.table import read_rows
 from sparsejax.config import FieldError
 from sparsejax.masked import SCHEDULES
 
@@ -51,7 +52,9 @@ def test_dense_networks_have_the_average_weights_of_pruned_ones(density):
     ],
 )
 def test_a_verdict_is_what_the_interval_allows(mean, half, margin, verdict):
-    assert claims.Found("claim", mean, half, "points", margin).verdict == verdict
+    assert (
+        claims.Found("rigl", "claim", mean, half, "points", margin).verdict == verdict
+    )
 
 
 def test_claims_are_tested_seed_by_seed_where_there_are_two(key):
@@ -66,6 +69,7 @@ def test_claims_are_tested_seed_by_seed_where_there_are_two(key):
             seed: {"task": "bytes", "loss": str(3 - accuracy)} for seed in range(3)
         }
     digits, text = claims.findings(rows)
+    assert digits.method == "rigl"
     assert digits.claim == "`rigl` above `set`, 5%, digits"
     assert digits.mean == pytest.approx(2.0)
     assert text.mean == pytest.approx(100 * (2.05 / 2.03 - 1))
@@ -117,3 +121,11 @@ def test_a_run_of_no_steps_is_refused():
         Run(task="digits", hidden=16, steps=0, learning_rate=1e-2)
     with pytest.raises(FieldError, match=r"task='digit'.*did you mean 'digits'"):
         Run(task="digit", hidden=16, steps=1, learning_rate=1e-2)
+
+
+def test_the_verdicts_that_are_kept_are_those_of_the_rows():
+    kept = [
+        {k: row[k] for k in ("method", *claims.COLUMNS)}
+        for row in read_rows("verdicts")
+    ]
+    assert kept == claims.verdicts(read_rows("claims"))

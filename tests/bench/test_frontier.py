@@ -6,12 +6,11 @@ import pytest
 from sparsejax.bench import frontier
 from sparsejax.bench.table import read_rows
 from sparsejax.scaling import LAWS, fit
-from sparsejax.sweep import read_table
 
 
 @pytest.fixture(scope="module")
 def table():
-    return frontier.columns(read_table("frontier"))
+    return frontier.columns(read_rows("frontier"))
 
 
 def kept(law):
@@ -23,7 +22,7 @@ def kept(law):
 
 
 def test_the_fit_that_is_kept_is_found_again(table):
-    plain = frontier.rows_of(table, table["kind"] == "dense")
+    plain = frontier.rows_of(table, table["kind"] == frontier.BASE)
     again = fit(LAWS["average_parameters"], plain, starts=2)
     before = kept("average_parameters")
     assert again.error == pytest.approx(before["error of the rows fitted"], rel=0.02)
@@ -33,7 +32,7 @@ def test_the_fit_that_is_kept_is_found_again(table):
 
 
 def test_runs_that_were_predicted_are_in_no_fit(table):
-    larger = frontier.columns(read_table("frontier_next"))
+    larger = frontier.columns(read_rows("frontier_next"))
     assert larger["tokens"].min() > table["tokens"].max()
     for row in read_rows("frontier_predicted"):
         assert float(row["measured"]) in larger["loss"]
