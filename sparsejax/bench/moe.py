@@ -4,10 +4,12 @@
 
 Float32, 512 to 512. ``grouped`` rows multiply 4096 rows, routed unevenly, by one weight
 for each of 8, 32 or 128 experts, in turns with one dense product of the same FLOPs and
-with ``jax.lax.ragged_dot``. ``layer`` rows run a dropless mixture of 2 of 8 experts on
-2048 tokens beside a dense feed-forward of the same active FLOPs; ``moving`` is the same
-mixture without its experts: router, sort, gather and combine. Every pair of columns is
-a time and how it compares with ours: above 1, ours is faster.
+with ``jax.lax.ragged_dot``. ``gate, up`` rows multiply them by two weights for each of
+8 experts and gate one by the other; ``fused`` is one product with both weights side by
+side. ``layer`` rows run a dropless mixture of 2 of 8 experts on 2048 tokens beside a
+dense feed-forward of the same active FLOPs; ``moving`` is the same mixture without its
+experts: router, sort, gather and combine. Every pair of columns is a time and how it
+compares with ours: above 1, ours is faster.
 """
 
 import argparse
@@ -32,7 +34,7 @@ EXPERTS, CHOSEN, TOKENS = 8, 2, 2048  # of the layer
 # Masked products of every group with every row: beyond this, half a minute a turn.
 RAGGED_LIMIT = 32
 PASSES = "forward", "forward + backward"
-NAMES = ("ours", "dense", "ragged_dot", "moving")
+NAMES = ("ours", "dense", "ragged_dot", "fused", "moving")
 COLUMNS = {"work": "work", "experts": "experts", "pass": "pass", "ours_ms": "ours, ms"}
 COLUMNS |= {f"{n}_{x}": f"{n}, {x}" for n in NAMES[1:] for x in ("ms", "ratio")}
 
@@ -74,6 +76,33 @@ def grouped(experts: int, *, backward: bool) -> dict[str, Runner]:
         ragged = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
         found["ragged_dot"] = bound(ragged, x, w, backward=backward)
     return found
+
+
+def gated(*, backward: bool) -> dict[str, Runner]:
+    """Runners of what gated experts begin with: two products, or one twice as wide."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (ROWS, WIDTH))
+    shape = (EXPERTS, WIDTH, HIDDEN)
+    gate, up = (jax.random.normal(k, shape) / WIDTH**0.5 for k in keys[1:])
+    sizes = skewed(ROWS, EXPERTS)
+
+    def two(x: Array, gate: Array, up: Array) -> Array:
+        first = jax.nn.silu(grouped_matmul(x, gate, sizes))
+        return first * grouped_matmul(x, up, sizes)
+
+    def one(x: Array, both: Array) -> Array:
+        y = grouped_matmul(x, both, sizes)
+        return jax.nn.silu(y[:, :HIDDEN]) * y[:, HIDDEN:]
+
+    def dense(x: Array, gate: Array, up: Array) -> Array:
+        return jax.nn.silu(x @ gate) * (x @ up)
+
+    both = jnp.concatenate([gate, up], axis=-1)
+    return {
+        "ours": bound(two, x, gate, up, backward=backward),
+        "dense": bound(dense, x, gate[0], up[0], backward=backward),
+        "fused": bound(one, x, both, backward=backward),
+    }
 
 
 def layer(*, backward: bool) -> dict[str, Runner]:
@@ -136,9 +165,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row")
     flags = parser.parse_args(argv)
     pace, about = {"rounds": flags.rounds, "seconds": flags.seconds}, provenance()
-    works = [("grouped", e, functools.partial(grouped, e)) for e in flags.experts]
+    works: list[tuple[str, int, Callable[..., dict[str, Runner]]]] = [
+        *(("grouped", e, functools.partial(grouped, e)) for e in flags.experts),
+        ("gate, up", EXPERTS, gated),
+        ("layer", EXPERTS, layer),
+    ]
     rows = []
-    for name, experts, make in [*works, ("layer", EXPERTS, layer)]:
+    for name, experts, make in works:
         for backward in (False, True):
             key = {"work": name, "experts": experts, "pass": PASSES[backward]}
             rows.append(key | row(make(backward=backward), **pace) | about)

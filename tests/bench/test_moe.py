@@ -1,6 +1,8 @@
 import csv
 
 import jax.numpy as jnp
+import numpy as np
+import numpy as np
 
 from sparsejax.bench import moe as bench
 from sparsejax.bench import table
@@ -21,10 +23,17 @@ def test_the_table_is_written(monkeypatch, tmp_path, capsys):
     with (tmp_path / "moe.csv").open() as file:
         rows = list(csv.DictReader(file))
     works = [(r["work"], r["experts"], r["pass"]) for r in rows]
-    assert works == [
-        (*work, p) for work in (("grouped", "4"), ("layer", "8")) for p in bench.PASSES
-    ]
+    beside = {("grouped", "4"): "ragged_dot", ("gate, up", "8"): "fused"}
+    beside[("layer", "8")] = "moving"
+    assert works == [(*work, p) for work in beside for p in bench.PASSES]
     for row in rows:
-        others = ("ragged_dot",) if row["work"] == "grouped" else ("moving",)
-        assert all(float(row[f"{name}_ratio"]) > 0 for name in ("dense", *others))
+        other = beside[row["work"], row["experts"]]
+        assert all(float(row[f"{name}_ratio"]) > 0 for name in ("dense", other))
+
+
+def test_one_wide_product_is_the_two_that_it_stands_for(monkeypatch):
+    for name, size in (("ROWS", 64), ("WIDTH", 16), ("HIDDEN", 8)):
+        monkeypatch.setattr(bench, name, size)
+    runners = bench.gated(backward=False)
+    np.testing.assert_allclose(runners["fused"](), runners["ours"](), rtol=1e-5)
     assert "| grouped | 4 | forward |" in capsys.readouterr().out
