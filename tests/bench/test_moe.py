@@ -2,7 +2,6 @@ import csv
 
 import jax.numpy as jnp
 import numpy as np
-import numpy as np
 
 from sparsejax.bench import moe as bench
 from sparsejax.bench import table
@@ -29,11 +28,11 @@ def test_the_table_is_written(monkeypatch, tmp_path, capsys):
     for row in rows:
         other = beside[row["work"], row["experts"]]
         assert all(float(row[f"{name}_ratio"]) > 0 for name in ("dense", other))
+    assert "| grouped | 4 | forward |" in capsys.readouterr().out
 
 
 def test_one_wide_product_is_the_two_that_it_stands_for(monkeypatch):
     for name, size in (("ROWS", 64), ("WIDTH", 16), ("HIDDEN", 8)):
         monkeypatch.setattr(bench, name, size)
     runners = bench.gated(backward=False)
-    np.testing.assert_allclose(runners["fused"](), runners["ours"](), rtol=1e-5)
-    assert "| grouped | 4 | forward |" in capsys.readouterr().out
+    np.testing.assert_allclose(runners["fused"](), runners["ours"](), rtol=1e-5, atol=1e-6)
