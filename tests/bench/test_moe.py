@@ -35,4 +35,6 @@ def test_one_wide_product_is_the_two_that_it_stands_for(monkeypatch):
     for name, size in (("ROWS", 64), ("WIDTH", 16), ("HIDDEN", 8)):
         monkeypatch.setattr(bench, name, size)
     runners = bench.gated(backward=False)
-    np.testing.assert_allclose(runners["fused"](), runners["ours"](), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        runners["fused"](), runners["ours"](), rtol=1e-5, atol=1e-6
+    )
