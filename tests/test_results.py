@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sparsejax.bench import claims, comparison, frontier, selectors
+from sparsejax.bench import claims, comparison, frontier, routers, selectors
 from sparsejax.bench.table import read_rows
 from tests.sources import ROOT
 
@@ -19,6 +19,7 @@ SUMMARIES = {
     "frontier": frontier.losses,
     "frontier_fits": frontier.fits_table,
     "frontier_predicted": frontier.predicted_table,
+    "routers": routers.table,
     "selectors": selectors.summary,
 }
 

@@ -13,29 +13,26 @@ from scipy import stats
 __all__ = ["tost"]
 
 
-def tost(a: Sequence[float], b: Sequence[float], *, margin: float) -> float:
-    """Give the p-value of the means of ``a`` and ``b`` differing by ``margin`` or more.
+def tost(differences: Sequence[float], *, margin: float) -> float:
+    """Give the p-value of a mean difference being ``margin`` or more, either way.
 
-    Small says equivalent. Variances may be unequal (Welch).
+    Small says equivalent. Each difference is of a pair that shares all but what is
+    compared: the same seed, the same batches in the same order.
 
     Raises:
-        ValueError: if a side has fewer than two numbers or the margin is not positive.
+        ValueError: for fewer than two differences, or a margin that is not positive.
 
-    Source: Ternovtsii & Bilak 2026, arXiv:2604.14419, abstract. Departure: Welch's
-    degrees of freedom.
+    Source: Ternovtsii & Bilak 2026, arXiv:2604.14419, abstract. Departure: pairs.
     """
-    if min(len(a), len(b)) < 2 or margin <= 0:
+    count = len(differences)
+    if count < 2 or margin <= 0:
         raise ValueError(
-            f"{len(a)} and {len(b)} numbers, margin={margin}: needs at least two of"
-            " each and a positive margin; run more seeds"
+            f"{count} differences, margin={margin}: needs at least two and a positive"
+            " margin; run more seeds"
         )
-    parts = [statistics.variance(x) / len(x) for x in (a, b)]
-    error = math.sqrt(sum(parts))
-    difference = abs(statistics.mean(a) - statistics.mean(b))
+    error = statistics.stdev(differences) / math.sqrt(count)
+    difference = abs(statistics.mean(differences))
     if error == 0:
         return float(difference >= margin)
-    freedom = sum(parts) ** 2 / sum(
-        part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True)
-    )
     # Of the two tests the one on the side of the difference is the weaker.
-    return float(stats.t.sf((margin - difference) / error, freedom))
+    return float(stats.t.sf((margin - difference) / error, count - 1))

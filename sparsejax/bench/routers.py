@@ -1,6 +1,6 @@
 """One small language model with every router, at equal budgets: loss, balance, TOST.
 
-    python -m sparsejax.bench routers --config.train.steps=100
+    python -m sparsejax.bench routers
 
 All have the same parameters and, but for those that decide it themselves, the same
 active parameters: two of eight experts, or one of four that are twice as wide. A router
@@ -28,6 +28,11 @@ from sparsejax.train.metrics import read_metrics
 FFN = "--config.model.ffn"
 ONE = (f"{FFN}.per_token=1", f"{FFN}.experts=4", f"{FFN}.hidden=384")
 OWN = (f"{FFN}.balance_weight=0.0",)
+SMALL = (
+    "--config.model.depth=2",
+    "--config.model.width=64",
+    *(f"--config.train.{x}=400" for x in ("steps", "eval_every", "save_every")),
+)
 STUDY: Mapping[str, tuple[str, ...]] = {
     "base": (*ONE, *OWN),
     "block_ffn": OWN,
@@ -52,6 +57,7 @@ STUDY: Mapping[str, tuple[str, ...]] = {
 AGAINST = "softmax_top_k"
 MARGIN = 0.03  # nats: one perplexity at 33, the paper's margin
 LATE = 5  # logged steps whose balance is averaged
+MEASURES = {"loss": "eval_loss", "violation": "load_violation", "dead": "dead_experts"}
 COLUMNS = {
     "router": "router",
     "loss": "held-out loss",
@@ -63,8 +69,8 @@ COLUMNS = {
 
 
 def overrides_of(router: str) -> list[str]:
-    """Give the flags that make the mixture config one of this router."""
-    return [f"{FFN}.router={router}", *STUDY[router]]
+    """Give the flags that make the mixture config a small one of this router."""
+    return [*SMALL, f"{FFN}.router={router}", *STUDY[router]]
 
 
 def run(router: str, seed: int, more: list[str]) -> dict[str, Any]:
@@ -82,25 +88,35 @@ def run(router: str, seed: int, more: list[str]) -> dict[str, Any]:
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Average over seeds, best loss first, and test against the plain router."""
-    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    """Average over seeds, best loss first, and test against the plain router.
+
+    Seed by seed: a seed decides on batches and their order, which weigh more than most
+    routers do.
+    """
+    groups: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for row in rows:
-        groups[row["router"]].append(row)
-    losses = {r: [float(x["eval_loss"]) for x in group] for r, group in groups.items()}
+        groups[row["router"]][row["seed"]] = row
     lines = []
-    for router in sorted(losses, key=lambda r: statistics.mean(losses[r])):
-        own, other = losses[router], losses.get(AGAINST, [])
-        line = {"router": f"`{router}`", "loss": f"{statistics.mean(own):.3f}"}
-        for column, name in (("violation", "load_violation"), ("dead", "dead_experts")):
-            mean = statistics.mean(float(x[name]) for x in groups[router])
-            line[column] = f"{mean:.2f}"
-        line |= {"difference": "", "p": ""}
-        if router != AGAINST and min(len(own), len(other)) > 1:
-            gap = statistics.mean(own) - statistics.mean(other)
-            line["difference"] = f"{gap:+.3f}"
-            line["p"] = f"{tost(own, other, margin=MARGIN):.3f}"
+    for router, own in groups.items():
+        line = {"router": f"`{router}`", "difference": "", "p": ""}
+        for column, name in MEASURES.items():
+            mean = statistics.mean(float(x[name]) for x in own.values())
+            line[column] = f"{mean:.3f}" if column == "loss" else f"{mean:.2f}"
+        base = groups.get(AGAINST, {})
+        shared = own.keys() & base.keys() if router != AGAINST else ()
+        gaps = [
+            float(own[s]["eval_loss"]) - float(base[s]["eval_loss"]) for s in shared
+        ]
+        if len(gaps) > 1:
+            line["difference"] = f"{statistics.mean(gaps):+.3f}"
+            line["p"] = f"{tost(gaps, margin=MARGIN):.3f}"
         lines.append(line)
-    return lines
+    return sorted(lines, key=lambda line: float(line["loss"]))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Lay the summary out."""
+    return markdown(summary(rows), COLUMNS)
 
 
 def main(argv: list[str]) -> int:
@@ -116,6 +132,5 @@ def main(argv: list[str]) -> int:
         for seed in range(flags.seeds)
         for router in flags.routers
     }
-    lines = summary(completed("routers", wanted))
-    sys.stdout.write(markdown(lines, COLUMNS) + "\n")
+    sys.stdout.write(table(completed("routers", wanted)) + "\n")
     return 0
