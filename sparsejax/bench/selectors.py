@@ -205,14 +205,14 @@ def draw(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> Axes:
         if row["pass"] == "forward + backward":
             point = int(row["length"]), float(row["dense_ratio"])
             curves[row["method"]].append(point)
-    for method, points in curves.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
+    for (method, points), marker in zip(curves.items(), itertools.cycle("osD^vP*X<")):
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, label=method)
     axes.axhline(1, color="grey", linewidth=1, linestyle="--")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("length")
     axes.set_ylabel("times faster than dense, forward + backward")
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return axes
 
 
@@ -246,7 +246,7 @@ def main(argv: list[str]) -> int:
         sys.stdout.write("\n" + markdown(chosen, CHOOSING) + "\n")
     summarise(DOCUMENT, rows)
     with style():
-        figure = Figure(figsize=(6, 4))
+        figure = Figure(figsize=(7, 4), layout="constrained")
         draw(figure.subplots(), rows)
         FigureCanvasAgg(figure).print_png(path.with_suffix(".png"))
     return 0
