@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.rule import Rule, Score
 from pallas_kernels.gpu.skeleton import (
@@ -31,6 +30,7 @@ from pallas_kernels.gpu.tiles import (
     accumulator,
     constant,
     laid,
+    load,
     put,
     spread,
     transposed,
@@ -63,9 +63,7 @@ def query_gradient(
 
     def body(own: Own, pieces: Any) -> None:
         q, do, slopes = (own.tile(name) for name in ("q", "do", "slopes"))
-        lse, delta = (
-            plgpu.load(own.tile(name), layout=PER_ROW) for name in ("lse", "delta")
-        )
+        lse, delta = (load(own.tile(name), PER_ROW) for name in ("lse", "delta"))
 
         def step(acc: Any, piece: Piece, ruled: bool, s: Any, dp: Any) -> None:
             k, v, *bias = piece.wait(*walked)
@@ -132,7 +130,7 @@ def key_gradients(
 
     def body(own: Own, pieces: Any) -> None:
         k, v, work, slopes = (own.tile(x) for x in ("k", "v", "work", "slopes"))
-        bias = [plgpu.load(own.tile(x), layout=PER_ROW) for x in added]
+        bias = [load(own.tile(x), PER_ROW) for x in added]
 
         def step(sums: Any, piece: Piece, dbias: Any, ruled: bool, *acc: Any) -> Any:
             (dk, dv), (s, dp) = sums, acc

@@ -24,14 +24,15 @@ def interpreted(*, detect_races: bool = True, **options: Any) -> Iterator[None]:
     Raises:
         ValueError: if this JAX has no such interpreter.
     """
-    if not hasattr(plgpu, "force_gpu_interpret_mode"):
+    mode = getattr(plgpu, "force_gpu_interpret_mode", None)
+    params = getattr(plgpu, "InterpretGPUParams", None)
+    if mode is None or params is None:
         raise ValueError(
             f"JAX {jax.__version__} cannot interpret GPU kernels: use 0.12"
         )
-    params = plgpu.InterpretGPUParams(detect_races=detect_races, **options)
     token = _ON.set(True)
     try:
-        with plgpu.force_gpu_interpret_mode(params):
+        with mode(params(detect_races=detect_races, **options)):
             yield
     finally:
         _ON.reset(token)

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu.skeleton import Piece
-from pallas_kernels.gpu.tiles import MATRIX, spread
+from pallas_kernels.gpu.tiles import MATRIX, load, spread
 
 __all__ = ["Rule", "Score"]
 
@@ -84,7 +84,7 @@ class Rule:
         def along(name: str, *at: Any, axis: int, start: Any) -> jax.Array:
             ref = refs[name].at[(*at, pl.ds(start, shape[axis]))]
             layout = MATRIX.reduce(1 - axis)
-            return spread(plgpu.load(ref, layout=layout, optimized=False), shape, axis)
+            return spread(load(ref, layout, optimized=False), shape, axis)
 
         j = positions(keys, kv_start)
         allowed = j < self.kv_len
@@ -101,7 +101,7 @@ class Rule:
             spans = [pl.ds(s, n) for s, n in zip(starts, shape, strict=True)]
             at = own.of_batch(ref.shape[0]), own.of_head(ref.shape[1])
             # int8: a tile of booleans does not compile.
-            tile = plgpu.load(ref.at[(*at, *spans)], layout=MATRIX, optimized=False)
+            tile = load(ref.at[(*at, *spans)], MATRIX, optimized=False)
             allowed = allowed & (tile != 0)
         if "q_segments" in refs:
             mine = along("q_segments", own.batch, axis=queries, start=q_start)

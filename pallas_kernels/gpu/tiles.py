@@ -4,6 +4,7 @@ Only what JAX's interpreter of Mosaic GPU runs as well: both operands of a produ
 in shared memory, and a sum that must be rescaled is a value, not an accumulator.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "fence",
     "finish",
     "laid",
+    "load",
     "product",
     "put",
     "spread",
@@ -37,6 +39,8 @@ __all__ = [
 ROWS = 64  # of one warpgroup in a wgmma
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(1)
+# Before JAX 0.12 a load has an index too.
+_WHOLE = ((),) * ("idx" in inspect.signature(plgpu.load).parameters)
 
 
 def _audit(*operands: Any) -> None:
@@ -112,9 +116,14 @@ def spread(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(x, shape, [axis])
 
 
+def load(ref: Any, layout: Any, *, optimized: bool = True) -> jax.Array:
+    """Load a tile into registers, laid out so."""
+    return plgpu.load(ref, *_WHOLE, layout=layout, optimized=optimized)
+
+
 def laid(ref: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Load a vector that lies along ``axis`` of a tile, and repeat it."""
-    return spread(plgpu.load(ref, layout=MATRIX.reduce(1 - axis)), shape, axis)
+    return spread(load(ref, MATRIX.reduce(1 - axis)), shape, axis)
 
 
 def swizzle(columns: int, dtype: Any) -> int:

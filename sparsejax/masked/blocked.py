@@ -100,7 +100,7 @@ class Blocked:
 
     def _product(self, x: Array, weight: Array, live: Array, whole: Any) -> Array:
         rows, most = x.reshape(-1, x.shape[-1]), min(self.capacity, live.size)
-        y = _multiplied(most, *alike((rows, weight)), live, whole)
+        y: Array = _multiplied(most, *alike((rows, weight)), live, whole)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
