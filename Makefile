@@ -3,7 +3,7 @@
 #   make train                 train a small model on real text; minutes on a laptop
 #   make test                  format, lint, types, then the tests
 #   make test-slow             the tests that take minutes each
-#   make test-compat PYTHON=3.11   the tests that could differ on an older Python and JAX
+#   make test-compat PYTHON=3.11   types, and tests that could differ on an older JAX
 #   make test-aot              compile the step for TPU and GPU, without owning one
 #   make bench NAME=...        one benchmark: a table, and a file in results/
 #   make lint                  format, lint, types
@@ -34,7 +34,8 @@ pytest = $$python -m pytest -q
 # A file's tests stay together: they share what they have compiled. A worker that dies
 # ends the run: what it would have run would be lost without a word.
 apart = -n $(JOBS) --dist loadfile --max-worker-restart=0
-lint = $$bin/ruff format --check .; $$bin/ruff check .; $$bin/pyright --pythonpath $$python
+types = $$bin/pyright --pythonpath $$python
+lint = $$bin/ruff format --check .; $$bin/ruff check .; $(types)
 
 .PHONY: setup train test test-slow test-compat test-aot bench lint papers docs
 
@@ -51,7 +52,7 @@ test-slow:
 	@$(call in,test); $(pytest) -m slow $(ARGS)
 
 test-compat:
-	@$(call in,test); $(pytest) $(apart) $(COMPAT) $(ARGS)
+	@$(call in,test); $(types); $(pytest) $(apart) $(COMPAT) $(ARGS)
 
 # One process: two of them would fight for the TPU compiler's lock.
 test-aot:
