@@ -264,7 +264,7 @@ def _one_device() -> Iterator[jax.sharding.Mesh]:
 @contextlib.contextmanager
 def _no_cache() -> Iterator[None]:
     """Compile for real: nothing is read from, or written to, the cache on disk."""
-    before = jax.config.read("jax_enable_compilation_cache")
+    before = jax.config.values["jax_enable_compilation_cache"]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX asks for the flag only once
     try:
