@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from sparsejax.bench import claims, comparison, frontier, routers, selectors
+from sparsejax.bench import claims, comparison, facts, frontier, routers, selectors
 from sparsejax.bench.table import read_rows
 from tests.sources import ROOT
 
@@ -16,6 +16,7 @@ NUMBER = r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[+-]?\d+)?(?![\w.])"
 SUMMARIES = {
     "claims": claims.table,
     "comparison": comparison.table,
+    "facts": facts.table,
     "frontier": frontier.losses,
     "frontier_fits": frontier.fits_table,
     "frontier_predicted": frontier.predicted_table,

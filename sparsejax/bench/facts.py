@@ -217,6 +217,11 @@ def draw(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> Axes:
     return axes
 
 
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Lay the summary out."""
+    return markdown(summary(rows), COLUMNS)
+
+
 def main(argv: list[str]) -> int:
     """Run what is missing; print the table and draw the picture of what there is."""
     parser = argparse.ArgumentParser(prog="python -m sparsejax.bench facts")
