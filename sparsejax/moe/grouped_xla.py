@@ -5,6 +5,7 @@ products run at the speed of dense ones.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax.numpy as jnp
 from jax import lax
@@ -14,9 +15,10 @@ from sparsejax.typing import Array
 
 __all__ = ["xla"]
 
-# A group is cut in tiles of the first size, its rest in tiles of the second: wide tiles
-# run at the speed of a dense product, narrow ones waste few rows on a small group.
-TILES = (256, 32)
+# A group is cut in tiles of the last size, and its rest is one of the smallest size that
+# holds it: wide tiles run at the speed of a dense product, and each more would read the
+# weight, or add to its gradient, once more.
+TILES = (32, 64, 128)
 
 
 def _rows_by_weights(x: Array, w: Array, group_sizes: Array, *, contract: int) -> Array:
@@ -88,22 +90,23 @@ def _over_tiles(
     Every row of the group is live in exactly one tile. A last tile may reach past its
     group, or begin before it where it would reach past the array: those rows are dead.
     """
-    for size in TILES:
-        size = min(size, rows)  # noqa: PLW2901
-        count = (end - start) // size
-        if size == min(TILES[-1], rows):
-            count = (end - start + size - 1) // size
+    sizes = sorted({min(size, rows) for size in TILES})
+    whole = (end - start) // sizes[-1]
+    rest = start + whole * sizes[-1]
 
-        def step(i: Array, carry: Array, size: int = size, start: Array = start):
-            wanted = start + i * size
-            first = jnp.minimum(wanted, rows - size)
-            row = first + lax.iota(jnp.int32, size)
-            live = (row >= wanted) & (row < end)
-            return tile(first, live[:, None], carry)
+    def fold(size: int, wanted: Array, carry: Array) -> Array:
+        first = jnp.minimum(wanted, rows - size)
+        row = first + lax.iota(jnp.int32, size)
+        live = (row >= wanted) & (row < end)
+        return tile(first, live[:, None], carry)
 
-        carry = lax.fori_loop(0, count, step, carry)
-        start = start + count * size
-    return carry
+    def step(i: Array, carry: Array) -> Array:
+        return fold(sizes[-1], start + i * sizes[-1], carry)
+
+    carry = lax.fori_loop(0, whole, step, carry)
+    held = [lambda carry: carry, *(partial(fold, size, rest) for size in sizes)]
+    which = sum((end - rest > size).astype(jnp.int32) for size in (0, *sizes[:-1]))
+    return lax.switch(which, held, carry)
 
 
 xla = differentiable(_rows_by_weights, _rows_by_rows)
