@@ -15,9 +15,9 @@ from sparsejax.typing import Array
 
 __all__ = ["xla"]
 
-# A group is cut in tiles of the last size, and its rest is one of the smallest size that
-# holds it: wide tiles run at the speed of a dense product, and each more would read the
-# weight, or add to its gradient, once more.
+# A group is cut in tiles of the last size, and its rest is one of the smallest size
+# that holds it: wide tiles run at the speed of a dense product, and each more would
+# read the weight, or add to its gradient, once more.
 TILES = (32, 64, 128)
 
 
