@@ -107,11 +107,12 @@ def predicted(
     found: Mapping[str, Fit], larger: Mapping[str, np.ndarray]
 ) -> list[dict[str, Any]]:
     """Give what was expected of each larger run, and what it gave."""
+    expectations = {law: one.predict(larger) for law, one in found.items()}
     lines = []
     for index, kind in enumerate(larger["kind"].tolist()):
         law = "joint" if kind.endswith("experts") else "average_parameters"
-        at = rows_of(larger, np.arange(len(larger["kind"])) == index)
-        expected, measured = float(found[law].predict(at)[0]), float(at["loss"][0])
+        expected = float(expectations[law][index])
+        measured = float(larger["loss"][index])
         error = measured / expected - 1
         line = {"kind": kind, "law": law, "expected": expected, "measured": measured}
         lines.append(line | {"error": error})
