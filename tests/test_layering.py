@@ -9,7 +9,16 @@ import pytest
 
 from tests.sources import PACKAGES, ROOT, Source, snippet, sources
 
-FLOOR = ("citations", "compat", "config", "late", "partition", "tree", "typing")
+FLOOR = (
+    "citations",
+    "compat",
+    "config",
+    "late",
+    "partition",
+    "ranking",
+    "tree",
+    "typing",
+)
 FAMILIES = (
     "activation",
     "adapters",

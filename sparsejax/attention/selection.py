@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sparsejax.attention.context import Place
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.patterns import Pattern, causal
+from sparsejax.ranking import top_k
 from sparsejax.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -130,9 +131,10 @@ def best(
     if forced is not None:
         scores = jnp.where(forced & allowed, jnp.inf, scores)
     scores = jnp.where(allowed, scores, -jnp.inf)
-    _, ids = jax.lax.top_k(scores, top)
     count = jnp.broadcast_to(allowed, scores.shape).sum(-1, dtype="int32")
-    return ids.astype("int32"), jnp.minimum(count, top)
+    # Without a barrier every pass over them reads a product's own, turned order.
+    scores = jax.lax.optimization_barrier(scores)
+    return top_k(scores, top), jnp.minimum(count, top)
 
 
 def choose(

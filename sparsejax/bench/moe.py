@@ -146,22 +146,14 @@ def row(
     seconds: float,
     names: tuple[str, ...] = NAMES,
 ) -> dict[str, Any]:
-    """Let them run in turns; an absent one leaves its columns empty.
-
-    ``ragged_dot`` has turns of its own with ours: after it has given back the memory of
-    all its masked products, others take several times as long.
-    """
-    apart = {n: run for n, run in runners.items() if n in ("ours", "ragged_dot")}
-    rest = {n: run for n, run in runners.items() if n != "ragged_dot"}
-    times = race(rest, rounds=rounds, seconds=seconds)
-    beside = race(apart, rounds=rounds, seconds=seconds) if len(apart) > 1 else {}
+    """Let them run in turns; an absent one leaves its columns empty."""
+    times = race(runners, rounds=rounds, seconds=seconds)
     found: dict[str, Any] = {}
     for name in names:
-        turns = times if name in times else beside
-        known = name in turns
-        median = statistics.median(turns[name]) * 1e3 if known else None
+        known = name in times
+        median = statistics.median(times[name]) * 1e3 if known else None
         found[f"{name}_ms"] = f"{median:.2f}" if known else ""
-        found[f"{name}_ratio"] = f"{ratio(turns, name, 'ours'):.3g}" if known else ""
+        found[f"{name}_ratio"] = f"{ratio(times, name, 'ours'):.3g}" if known else ""
     return found | {"rounds": len(times["ours"])}
 
 

@@ -17,6 +17,7 @@ import jax
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
+HUGE = "glibc.malloc.hugetlb=1"  # what the Makefile asks of Linux
 
 
 def provenance() -> dict[str, str]:
@@ -24,7 +25,8 @@ def provenance() -> dict[str, str]:
     device = jax.devices()[0]
     machine = device.device_kind
     if device.platform == "cpu":
-        machine = f"{processor()}, {os.cpu_count()} cores"
+        pages = ", huge pages" if HUGE in os.environ.get("GLIBC_TUNABLES", "") else ""
+        machine = f"{processor()}, {os.cpu_count()} cores{pages}"
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

@@ -6,14 +6,18 @@
 of ``bare.py``, which has its batches on the device already; in turns of a few steps.
 ``input``: tokens that the data of the quickstart gives per second over those that its
 step uses up. ``depth``: seconds from nothing compiled to one step taken, of 24 layers
-over 4. About two minutes on two cores, if nothing else runs there.
+over 4. ``pages``: seconds of a step of the quickstart without huge pages over those
+with them, each in a process of its own. About two minutes on two cores, if nothing else
+runs there.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +32,14 @@ import optax
 from jax.experimental.compilation_cache import compilation_cache
 
 from sparsejax.bench import bare
-from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
+from sparsejax.bench.table import (
+    HUGE,
+    ROOT,
+    markdown,
+    provenance,
+    read_rows,
+    write_rows,
+)
 from sparsejax.config import convert, read
 from sparsejax.data import Batch, open_data
 from sparsejax.sharding import MeshConfig
@@ -199,6 +210,43 @@ def input_over_use(config: Config, *, steps: int) -> Comparison:
     return Comparison("input", "tokens/s", [read], [used], ">= 5")
 
 
+def step_seconds(steps: int) -> float:
+    """Take steps of the quickstart on one batch; the median of their seconds."""
+    with _one_device() as mesh:
+        trainer = Trainer(_config("quickstart"), mesh)
+        batch = next(trainer.data.train)
+        trainer.data.close()
+        state, seconds = trainer.init(), []
+        for _ in range(steps + 2):
+            began = time.perf_counter()
+            state, _ = jax.block_until_ready(trainer.take_step(state, batch))
+            seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def small_over_huge(*, steps: int, rounds: int) -> Comparison:
+    """Take steps in processes whose memory comes in small and in huge pages, in turns.
+
+    What a step sets aside is given back at its end, and asked for again page by page.
+    """
+    program = f"from {__name__} import step_seconds as s; print(s({steps}))"
+
+    def seconds(tunables: str) -> float:
+        told = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"GLIBC_TUNABLES": tunables},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return float(told.stdout)
+
+    pairs = [(seconds(""), seconds(HUGE)) for _ in range(rounds)]
+    small, huge = zip(*pairs, strict=True)
+    return Comparison("pages", "s", [*small], [*huge])
+
+
 def deep_over_shallow(config: Config, *, rounds: int) -> list[Comparison]:
     """Compile and take the first step of a deep and of a shallow model, in turns."""
     attention = dataclasses.replace(config.model.attention, block_q=32, block_kv=32)
@@ -286,16 +334,18 @@ def measured(flags: argparse.Namespace) -> Iterator[Comparison]:
         yield input_over_use(_config("quickstart"), steps=flags.steps)
     if "depth" in flags.parts:
         yield from deep_over_shallow(_config("dense"), rounds=flags.repeats)
+    if "pages" in flags.parts:
+        yield small_over_huge(steps=flags.steps, rounds=flags.repeats)
 
 
 def main(argv: list[str]) -> int:
     """Measure, replace what was measured before, and print the table."""
-    parts = ("loop", "input", "depth")
+    parts = ("loop", "input", "depth", "pages")
     parser = argparse.ArgumentParser(prog="python -m sparsejax.bench train")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--steps", type=int, default=10, help="of a turn")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each loop")
-    parser.add_argument("--repeats", type=int, default=2, help="of the compilations")
+    parser.add_argument("--repeats", type=int, default=2, help="of new processes")
     flags = parser.parse_args(argv)
     rows = []
     for comparison in measured(flags):

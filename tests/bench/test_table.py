@@ -46,8 +46,15 @@ def test_provenance_says_which_code_ran_on_what():
     assert list(found) == ["commit", "date", "machine", "python", "jax"]
     assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?|unknown", found["commit"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", found["date"])
-    assert re.search(r", \d+ cores$", found["machine"])
+    assert re.search(r", \d+ cores(, huge pages)?$", found["machine"])
     assert found["jax"] == jax.__version__
+
+
+def test_provenance_says_where_memory_comes_in_huge_pages(monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", table.HUGE)
+    assert table.provenance()["machine"].endswith(" cores, huge pages")
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    assert table.provenance()["machine"].endswith(" cores")
 
 
 def test_provenance_outside_of_a_repository_is_unknown(tmp_path, monkeypatch):

@@ -264,10 +264,15 @@ def test_the_parts_are_measured_as_the_flags_say(monkeypatch):
         "deep_over_shallow",
         lambda config, **sizes: called.append(("deep_over_shallow", sizes)) or [],
     )
-    flags = {"parts": ("loop", "input", "depth"), "steps": 20, "rounds": 3}
+    monkeypatch.setattr(
+        bench, "small_over_huge", lambda **sizes: called.append(("pages", sizes))
+    )
+    parts = ("loop", "input", "depth", "pages")
+    flags = {"parts": parts, "steps": 20, "rounds": 3}
     list(bench.measured(argparse.Namespace(**flags, repeats=2)))
     assert called == [
         ("loop_over_bare", {"steps": 20, "rounds": 3}),
         ("input_over_use", {"steps": 20}),
         ("deep_over_shallow", {"rounds": 2}),
+        ("pages", {"steps": 20, "rounds": 2}),
     ]

@@ -11,7 +11,6 @@ from hypothesis import given
 
 from sparsejax.moe import ROUTERS
 from sparsejax.moe.routers import accepts, settings, sigmoid, top_k
-from sparsejax.moe.routers.routing import best as _best
 from tests.moe.routed import (
     EXPERTS,
     TOKENS,
@@ -29,7 +28,6 @@ PADDED = [name for name in NAMES if "valid" in accepts(ROUTERS[name])]
 TRAINED = [name for name in NAMES if "key" in accepts(ROUTERS[name])]
 SCORED = [name for name in NAMES if "blank" not in accepts(ROUTERS[name])]
 
-best = compiled(_best)
 sigma_moe, sigmoid_top_k = map(compiled, (sigmoid.sigma_moe, sigmoid.sigmoid_top_k))
 noisy_top_k, softmax_top_k, switch, top_k_softmax = map(
     compiled,
@@ -85,14 +83,6 @@ def test_ties_go_to_the_lower_index(name):
     routing = route(name, jnp.ones((TOKENS, EXPERTS)))
     first = np.asarray(routing.experts)[:, : choices(name)]
     np.testing.assert_array_equal(first, [list(range(choices(name)))] * TOKENS)
-
-
-@given(seed=st.integers(0, 1000), floor=st.sampled_from([-jnp.inf, -1.0, 0.0]))
-def test_best_is_top_k_with_ties_and_infinities(seed, floor):
-    scores = jnp.maximum(jnp.round(logits_of(seed)), 0)
-    scores = jnp.where(scores > 2, floor, scores)
-    for k in (1, 5, EXPERTS):
-        np.testing.assert_array_equal(best(scores, k), jax.lax.top_k(scores, k)[1])
 
 
 @pytest.mark.parametrize("name", BIASED)

@@ -19,6 +19,7 @@ from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.selection import products, region_means
 from sparsejax.attention.selectors.plain import Mixer, Sizes, Work, everything
 from sparsejax.config import require
+from sparsejax.ranking import top_k
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["LLSA", "LLSAOptions", "llsa"]
@@ -88,14 +89,13 @@ def llsa(
         coarse_q, coarse_k = levels[level]
         if found is None:
             scores = products(coarse_q, coarse_k)
-            _, found = jax.lax.top_k(jax.lax.stop_gradient(scores), top)
+            found = top_k(jax.lax.stop_gradient(scores), top)
         else:
             found = _narrowed(coarse_q, coarse_k, found, block, top)
-        ids = found.astype("int32")
         masks.append(
             BlockMask.from_blocks(
-                ids,
-                jnp.full(ids.shape[:3], top, "int32"),
+                found,
+                jnp.full(found.shape[:3], top, "int32"),
                 q_len=q.shape[1],
                 kv_len=levels[level - 1][1].shape[1],
                 block_q=block**level,
@@ -120,7 +120,7 @@ def _narrowed(
     head = jnp.arange(h)[None, :, None, None] // (h // k.shape[2])
     keys = k[jnp.arange(b)[:, None, None, None], parts, head]
     scores = jnp.einsum("bthc,bhtkc->bhtk", q, keys)
-    _, best = jax.lax.top_k(jax.lax.stop_gradient(scores), top)
+    best = top_k(jax.lax.stop_gradient(scores), top)
     return jnp.take_along_axis(parts, best, axis=-1)
 
 

@@ -18,6 +18,7 @@ from sparsejax.attention.selection import (
 from sparsejax.attention.selectors.dsa import CHUNK, DSAOptions, index, tokens
 from sparsejax.attention.selectors.plain import Sizes, Work
 from sparsejax.config import require
+from sparsejax.ranking import top_k
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["MISAOptions", "misa", "routed_heads"]
@@ -73,7 +74,7 @@ def routed_heads(
     past = jnp.arange(means.shape[1], dtype="int32")[None] < own[:, None]
     seen = past[None] & same_document(place, block)[:, 0]
     total = jnp.where(seen[:, :, None], energy, 0).sum(axis=-1)
-    return jax.lax.top_k(jax.lax.stop_gradient(total), routed)[1]
+    return top_k(jax.lax.stop_gradient(total), routed)
 
 
 def misa(

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from sparsejax.moe.routers.routing import (
     Routing,
-    best,
     check_count,
     choose,
     everywhere,
     pick,
 )
+from sparsejax.ranking import best
 from sparsejax.typing import Array, Bool, Float, Int, PRNGKeyArray
 
 __all__ = [

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sparsejax.ranking import best
 from sparsejax.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -35,7 +36,6 @@ __all__ = [
     "Router",
     "Routing",
     "accepts",
-    "best",
     "check_count",
     "choose",
     "everywhere",
@@ -129,23 +129,6 @@ def keep_groups(
     live = (winners[:, :, None] == jnp.arange(groups)[None, None]).any(axis=1)
     # Not zero: a biased score below zero would lose to an expert outside its groups.
     return jnp.where(live[:, :, None], parts, -jnp.inf).reshape(tokens, experts)
-
-
-def best(scores: Float[Array, "n e"], k: int) -> Int[Array, "n k"]:
-    """Give the places of the ``k`` largest of each row, as ``lax.top_k`` does.
-
-    It is as fast for a few choices, and stays on a row's own device: XLA gathers all
-    rows on every device to run its top-k, but not to run reductions.
-    """
-    place = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
-
-    def step(taken: Array, _: None) -> tuple[Array, Array]:
-        largest = jnp.where(taken, -jnp.inf, scores).max(axis=1, keepdims=True)
-        tied = ~taken & (scores == largest)
-        first = jnp.where(tied, place, scores.shape[1] - 1).min(axis=1, keepdims=True)
-        return taken | (place == first), first[:, 0]
-
-    return jax.lax.scan(step, jnp.zeros_like(scores, dtype=bool), length=k)[1].T
 
 
 def pick(scores: Float[Array, "n e"], chosen: Int[Array, "n k"]) -> Float[Array, "n k"]:
