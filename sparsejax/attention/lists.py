@@ -70,9 +70,10 @@ def ordered(kinds: Any, ids: Any = None) -> Lists:
         ids: block id of each place; by default the place itself.
     """
     xp: Any = np if isinstance(kinds, np.ndarray) else jnp
-    count_ranks = xp is jnp and kinds.shape[-1] <= SHORT
-    order = _ranked(kinds) if count_ranks else xp.argsort(-kinds, axis=-1, stable=True)
-    order = order.astype("int32")
+    if xp is jnp and kinds.shape[-1] <= SHORT:
+        order = _ranked(kinds)
+    else:
+        order = xp.argsort(-kinds, axis=-1, stable=True).astype("int32")
     if ids is not None:
         order = xp.take_along_axis(ids, order, axis=-1)
     count = (kinds > EMPTY).sum(axis=-1).astype("int32")
@@ -80,7 +81,7 @@ def ordered(kinds: Any, ids: Any = None) -> Lists:
     return lists if xp is jnp else lists._replace(ids=_narrow(order, count))
 
 
-def _ranked(kinds: jax.Array) -> jax.Array:
+def _ranked(kinds: Any) -> Any:
     """Sort as ``argsort(-kinds)`` does, by counting what goes before each place."""
     place = jnp.arange(kinds.shape[-1], dtype="int32")
     place = place.reshape((1,) * (kinds.ndim - 1) + place.shape)
