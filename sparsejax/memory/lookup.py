@@ -59,7 +59,7 @@ def product_key_top_k(
     ids = checkpoint_name(ids, "looked_up")  # few bytes, and a search to compute
     i, j = jnp.divmod(ids, keys.shape[2])
     scores = jnp.take_along_axis(rows, i, -1) + jnp.take_along_axis(columns, j, -1)
-    return Hits(ids, scores)
+    return Hits(ids.swapaxes(0, 1), scores.swapaxes(0, 1))
 
 
 def _check(queries: tuple[int, ...], keys: tuple[int, ...], k: int) -> None:
@@ -82,8 +82,9 @@ def _check(queries: tuple[int, ...], keys: tuple[int, ...], k: int) -> None:
 
 def _scores(
     queries: Float[Array, "n h c"], keys: Float[Array, "h r c"]
-) -> Float[Array, "n h r"]:
-    scores = jnp.einsum("nhc,hrc->nhr", queries, keys, preferred_element_type="float32")
+) -> Float[Array, "h n r"]:
+    # Heads come first, as products leave them: turned about, they would be copied.
+    scores = jnp.einsum("nhc,hrc->hnr", queries, keys, preferred_element_type="float32")
     # top_k puts 0 before -0, which would hide a tie.
     return jnp.where(scores == 0, 0, scores)
 
@@ -95,8 +96,8 @@ def _candidates(k: int, ranks: int) -> np.ndarray:
 
 
 def _best_pairs(
-    rows: Float[Array, "n h r"], columns: Float[Array, "n h r"], *, k: int
-) -> Int[Array, "n h k"]:
+    rows: Float[Array, "h n r"], columns: Float[Array, "h n r"], *, k: int
+) -> Int[Array, "h n k"]:
     r = rows.shape[-1]
     ranks = min(k, r)
     a, b = _candidates(k, ranks)

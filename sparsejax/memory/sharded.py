@@ -99,13 +99,13 @@ def ambient_cut(tokens: int, slots: int, width: int) -> Cut | None:
     return cut if any(cut) and fits else None
 
 
-def per_token(function: Callable[..., Array], *arrays: Float[Array, "n h r"]) -> Array:
+def per_token(function: Callable[..., Array], *arrays: Float[Array, "h n r"]) -> Array:
     """Call a function of separate tokens and heads on each device's own.
 
     XLA would send all tokens to all devices to sort them. An axis that does not divide
     is not cut.
     """
-    live = [_live(ACTIVATIONS[letter]) for letter in "nh"]
+    live = [_live(ACTIVATIONS[letter]) for letter in "hn"]
     if not any(live):
         return function(*arrays)
     sizes = zip(live, arrays[0].shape[:2], strict=True)
