@@ -8,7 +8,7 @@ by PyTorch's scaled-dot-product attention with the same mask, by its compiled
 FlexAttention (which has no backward pass on a CPU), and by a plain matrix product of as
 many FLOPs as the live blocks need, which nobody beats. Ratios are taken within a turn.
 PyTorch is an extra: ``pip install "sparsejax[peers]"``; without it its columns stay
-empty.
+empty. Rows made with memory in huge pages say so, and lie beside those without.
 """
 
 import argparse
@@ -29,7 +29,14 @@ from sparsejax.attention import (
     causal,
     sliding_window,
 )
-from sparsejax.bench.table import markdown, provenance, write_rows
+from sparsejax.bench.table import (
+    PAGES,
+    markdown,
+    pages,
+    provenance,
+    read_rows,
+    write_rows,
+)
 from sparsejax.typing import Array
 
 HEADS, WIDTH, BLOCK = 4, 64, 128
@@ -238,16 +245,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each row")
     flags = parser.parse_args(argv)
     pace = {"rounds": flags.rounds, "seconds": flags.seconds}
-    about, rows = provenance(), []
+    about, ending, rows = provenance(), pages(), []
+    others = read_rows("attention")  # those with the other pages stay
+    others = [x for x in others if x["work"].endswith(PAGES) != bool(ending)]
     for work in works(sorted(flags.lengths)):
         measured = row(work, **pace)
+        measured["work"] += ending
         rows.append(measured | {"peak_mib": "", **about})
         if work.backward:
             rows[-1]["peak_mib"] = f"{peak(work) / 2**20:.1f}"
         sys.stderr.write(f"{work.name}, {work.length}, {work.passes}\n")
-        write_rows("attention", rows)
+        write_rows("attention", [*others, *rows])
     middle = sorted(flags.lengths)[len(flags.lengths) // 2]
     rows.append(dict.fromkeys(rows[0], "") | proportion(middle, **pace) | about)
-    write_rows("attention", rows)
+    rows[-1]["work"] += ending
+    write_rows("attention", [*others, *rows])
     sys.stdout.write(markdown(rows, COLUMNS | {"peak_mib": "peak MiB"}) + "\n")
     return 0

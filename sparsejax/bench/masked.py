@@ -6,12 +6,13 @@
 of the 64 x 64 blocks is live, in turns with the dense product of the same shape;
 ``limit`` is a dense product of the useful FLOPs alone. ``feed-forward`` rows are a
 gated layer of such blocks, 2048 rows, 512 to 2048 and back, beside the dense one.
-``fan-in`` rows multiply one row by a weight of which every output has equally many
-inputs. ``step`` rows take a step of ``configs/dense.py`` with its weights under an
-unstructured mask: one that only applies it, and one that changes it by RigL, in turns
-with the step that has none; and a step of ``configs/masked.py:blast`` with the masks of
-its end, in turns with the same masks and dense products. A ratio above 1 says by how
-much ours is faster; a mask alone saves no time, so a step's is below.
+``fan-in`` rows take one row through weights of which every output has equally many
+inputs, as many as no cache holds when they are dense, like the layers of a model.
+``step`` rows take a step of ``configs/dense.py`` with its weights under an unstructured
+mask: one that only applies it, and one that changes it by RigL, in turns with the step
+that has none; and a step of ``configs/masked.py:blast`` with the masks of its end, in
+turns with the same masks and dense products. A ratio above 1 says by how much ours is
+faster; a mask alone saves no time, so a step's is below.
 """
 
 import argparse
@@ -37,6 +38,7 @@ from sparsejax.typing import Array
 
 ROWS, WIDTH, BLOCK = 4096, 2048, 64
 FEW = 0.1  # density of all but the first rows
+DEEP = 8  # weights that a single row goes through: 128 MiB
 VOCABULARY = 258
 LAYER = 2048, 512, 2048  # rows, width and hidden width of a feed-forward layer
 NEVER = 10**6
@@ -117,16 +119,24 @@ def feed_forward(density: float, *, backward: bool) -> dict[str, Runner]:
 
 
 def fan_in(density: float) -> dict[str, Runner]:
-    """Runners of one row by a weight of constant fan-in, and by the dense weight."""
-    keys = jax.random.split(jax.random.key(0))
+    """Runners of one row by weights of constant fan-in, and by dense ones."""
+    keys = jax.random.split(jax.random.key(0), DEEP + 1)
     x = jax.random.normal(keys[0], (1, WIDTH))
-    w = jax.random.normal(keys[1], (WIDTH, WIDTH)) / WIDTH**0.5
-    mask = ConstantFanIn()(jnp.abs(w), round(density * WIDTH) * WIDTH)
-    w = jnp.where(mask, w, 0)
-    gathered = FanIn.from_dense(w)
+    weights = []
+    for key in keys[1:]:
+        w = jax.random.normal(key, (WIDTH, WIDTH)) / WIDTH**0.5
+        mask = ConstantFanIn()(jnp.abs(w), round(density * WIDTH) * WIDTH)
+        weights.append(jnp.where(mask, w, 0))
+
+    def through(x: Array, *weights: Any) -> Array:
+        for w in weights:
+            x = x @ w
+        return x
+
+    gathered = [FanIn.from_dense(w) for w in weights]
     return {
-        "ours": bound(lambda x, w: x @ w, x, gathered, backward=False),
-        "dense": bound(jnp.matmul, x, w, backward=False),
+        "ours": bound(through, x, *gathered, backward=False),
+        "dense": bound(through, x, *weights, backward=False),
     }
 
 

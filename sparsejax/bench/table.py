@@ -18,6 +18,7 @@ import jax
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"
 HUGE = "glibc.malloc.hugetlb=1"  # what the Makefile asks of Linux
+PAGES = ", huge pages"
 
 
 def provenance() -> dict[str, str]:
@@ -25,8 +26,7 @@ def provenance() -> dict[str, str]:
     device = jax.devices()[0]
     machine = device.device_kind
     if device.platform == "cpu":
-        pages = ", huge pages" if HUGE in os.environ.get("GLIBC_TUNABLES", "") else ""
-        machine = f"{processor()}, {os.cpu_count()} cores{pages}"
+        machine = f"{processor()}, {os.cpu_count()} cores{pages()}"
     return {
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -34,6 +34,11 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         "jax": jax.__version__,
     }
+
+
+def pages() -> str:
+    """Say so where memory comes in huge pages."""
+    return PAGES if HUGE in os.environ.get("GLIBC_TUNABLES", "") else ""
 
 
 def commit() -> str:

@@ -6,6 +6,7 @@ sum of two half scores and the best slots are found from ``2 * r`` products inst
 ``r * r``. Lookups own no parameters; their scores have gradients, their ids have none.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -14,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from sparsejax.config import near
+from sparsejax.late import late
 from sparsejax.memory.sharded import per_token
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["Hits", "product_key_top_k"]
+__all__ = ["IMPLEMENTATIONS", "Hits", "product_key_top_k"]
 
 
 class Hits(NamedTuple):
@@ -28,7 +31,11 @@ class Hits(NamedTuple):
 
 
 def product_key_top_k(
-    queries: Float[Array, "n h c"], keys: Float[Array, "h 2 r c//2"], *, k: int
+    queries: Float[Array, "n h c"],
+    keys: Float[Array, "h 2 r c//2"],
+    *,
+    k: int,
+    implementation: str = "xla",
 ) -> Hits:
     """Find the ``k`` best of all ``r * r`` slots, exactly; ties go to the lower id.
 
@@ -42,20 +49,28 @@ def product_key_top_k(
         queries: the first half of ``c`` meets the first sub-key.
         keys: sub-keys of both halves, for each head its own.
         k: slots per head, at most ``r * r``.
+        implementation: of the search among the scores, a name of ``IMPLEMENTATIONS``.
+            "mosaic_tpu" has to be named until it has met a TPU.
 
     Raises:
-        ValueError: if the widths do not match or ``k`` is out of range.
+        ValueError: if the widths do not match or ``k`` is out of range, and for an
+            unknown implementation or one that cannot run.
 
     Source: Lample et al. 2019, arXiv:1907.05242, Sec. 3. Departure: the second search
     skips the pairs that cannot win.
     """
     _check(queries.shape, keys.shape, k)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation={implementation!r}: product_key_top_k has no such"
+            f" implementation{near(implementation, IMPLEMENTATIONS)}"
+        )
     rows, columns = (
         _scores(half, keys[:, side])
         for side, half in enumerate(jnp.split(queries, 2, axis=-1))
     )
     halves = jax.lax.stop_gradient((rows, columns))
-    ids = per_token(partial(_best_pairs, k=k), *halves)
+    ids = per_token(partial(IMPLEMENTATIONS[implementation], k=k), *halves)
     ids = checkpoint_name(ids, "looked_up")  # few bytes, and a search to compute
     i, j = jnp.divmod(ids, keys.shape[2])
     scores = jnp.take_along_axis(rows, i, -1) + jnp.take_along_axis(columns, j, -1)
@@ -95,9 +110,10 @@ def _candidates(k: int, ranks: int) -> np.ndarray:
     return np.stack(np.nonzero((a + 1) * (b + 1) <= k))
 
 
-def _best_pairs(
+def xla(
     rows: Float[Array, "h n r"], columns: Float[Array, "h n r"], *, k: int
 ) -> Int[Array, "h n k"]:
+    """Sort each half as far as need be, then the pairs that can win."""
     r = rows.shape[-1]
     ranks = min(k, r)
     a, b = _candidates(k, ranks)
@@ -106,3 +122,10 @@ def _best_pairs(
     sums = rows[..., a] + columns[..., b]
     ids = i[..., a] * r + j[..., b]
     return jax.lax.sort((-sums, ids), num_keys=2)[1][..., :k]
+
+
+# The searches: ``(rows, columns, k=…) -> ids``.
+IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
+    "xla": xla,
+    "mosaic_tpu": late("sparsejax.memory.lookup_tpu", "mosaic_tpu"),
+}

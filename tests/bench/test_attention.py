@@ -78,6 +78,19 @@ def test_the_table_has_a_row_for_each_work_and_is_written(
     assert "times dense XLA" in capsys.readouterr().out
 
 
+def test_rows_with_huge_pages_lie_beside_those_without(monkeypatch, tmp_path):
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench, "works", lambda lengths: [WORK])
+    monkeypatch.setattr(bench, "row", lambda work, **pace: {"work": work.name})
+    monkeypatch.setattr(bench, "proportion", lambda length, **pace: {"work": "both"})
+    monkeypatch.setattr(bench, "markdown", lambda rows, columns: "")
+    for tunables in ("", table.HUGE, ""):
+        monkeypatch.setenv("GLIBC_TUNABLES", tunables)
+        bench.main(["--lengths=512"])
+    works = [row["work"] for row in table.read_rows("attention")]
+    assert works == ["window, huge pages", "both, huge pages", "window", "both"]
+
+
 def test_the_default_works_cover_both_passes():
     found = bench.works([1024, 2048, 4096])
     assert {w.passes for w in found} == {"forward", "forward + backward"}
