@@ -8,6 +8,7 @@ from sparsejax.attention import (
     BlockMask,
     block_sparse_attention,
     full,
+    key_major,
     sliding_window,
 )
 from tests.attention.test_operation import (
@@ -60,6 +61,18 @@ def test_a_query_that_reads_few_blocks_fetches_them():
     blocks = {"q_len": 1, "kv_len": 512, "block_q": 1, "block_kv": 128}
     mask = BlockMask.from_pattern(sliding_window(9), **blocks, q_offset=300)
     assert xla.path(mask) == PATHS["gathered"]
+
+
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_tiles_of_queries_are_taken_in_steps(tiles, key, monkeypatch):
+    sizes = {"q_len": 40, "kv_len": 40, "block_q": 1, "block_kv": 16}
+    mask = BlockMask.from_pattern(sliding_window(20), **sizes)
+    q, k, v = arrays(key, t=40, s=40)
+    monkeypatch.setattr(key_major, "TILE", 8)
+    monkeypatch.setattr(key_major, "STEP", tiles * 8 * q.shape[2] * 16 * q.shape[0])
+    assert xla.path(mask) == PATHS["key_major"]
+    fast = both(q, k, v, mask, implementation="xla")
+    assert_equal_trees(fast, both(q, k, v, mask, implementation="reference"))
 
 
 @pytest.mark.parametrize("jitted", [False, True])
