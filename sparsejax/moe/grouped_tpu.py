@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from pallas_kernels.tpu.grouped import Tiling, rows_by_rows, rows_by_weights
-from pallas_kernels.tpu.interpreter import is_interpreted
+from pallas_kernels.tpu.interpreter import needs_tpu
 from sparsejax.moe.grouped_gradient import differentiable
 from sparsejax.partition import platform
 from sparsejax.typing import Array
@@ -35,11 +35,7 @@ def mosaic_tpu(x: Array, w: Array, group_sizes: Array) -> Array:
                 f" {w.shape[2]}: above {WHOLE}, {size} must be a multiple of {LANES};"
                 " pad it with zeros, or use 'xla'"
             )
-    if platform() != "tpu" and not is_interpreted():
-        raise ValueError(
-            f"implementation='mosaic_tpu' needs a TPU, and this is for {platform()};"
-            " choose 'xla', or trace under pallas_kernels.tpu.interpreted()"
-        )
+    needs_tpu(platform())
     return _product(x, w, group_sizes)
 
 
