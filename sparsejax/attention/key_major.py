@@ -33,7 +33,7 @@ from sparsejax.typing import Array
 __all__ = ["backward", "forward"]
 
 TILE = 128  # query positions of a tile
-STEP = 2**18  # logits of a step
+STEP, MOST = 2**18, 16  # logits of a step, and tiles
 
 
 class _Plan(NamedTuple):
@@ -79,7 +79,7 @@ def _sizes(inputs: Inputs, row: Row) -> tuple[int, int]:
     queries = inputs.q.shape[2] // layout.heads * mask.block_q
     size = min(len(row.ids), max(8, TILE // queries))
     logits = inputs.q.shape[0] // layout.batches * size * queries * mask.block_kv
-    return size, max(1, STEP // logits)
+    return size, max(1, min(MOST, STEP // logits))
 
 
 def _wide(x: Array) -> Array:
