@@ -11,7 +11,7 @@ from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.reference import reference
 from sparsejax.attention.rows import pad
 from sparsejax.attention.xla import xla
-from sparsejax.config import near
+from sparsejax.config import choose
 from sparsejax.late import late
 from sparsejax.partition import platform
 from sparsejax.typing import Array, Float
@@ -110,10 +110,7 @@ def block_sparse_attention_and_lse(  # noqa: PLR0913  the signature of the desig
     _check_extras(q, k, softcap, sinks, segments)
     _check_bias(k, bias)
     name = _by_platform(q, v, mask) if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={name!r}: no such name{near(name, IMPLEMENTATIONS)}"
-        )
+    choose("implementation", name, IMPLEMENTATIONS)
     arrays = (q, k, v) if name in LISTS else _equally_wide(q, k, v)
     attended = IMPLEMENTATIONS[name](
         *arrays,

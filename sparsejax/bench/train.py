@@ -7,7 +7,7 @@ of ``bare.py``, which has its batches on the device already; in turns of a few s
 ``input``: tokens that the data of the quickstart gives per second over those that its
 step uses up. ``depth``: seconds from nothing compiled to one step taken, of 24 layers
 over 4. ``pages``: seconds of a step of the quickstart without huge pages over those
-with them, each in a process of its own. About two minutes on two cores, if nothing else
+with them, each in a process of its own. Some minutes on two cores, if nothing else
 runs there.
 """
 

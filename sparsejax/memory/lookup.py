@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from sparsejax.config import near
+from sparsejax.config import choose
 from sparsejax.late import late
 from sparsejax.memory.sharded import per_token
 from sparsejax.typing import Array, Float, Int
@@ -60,11 +60,7 @@ def product_key_top_k(
     skips the pairs that cannot win.
     """
     _check(queries.shape, keys.shape, k)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r}: product_key_top_k has no such"
-            f" implementation{near(implementation, IMPLEMENTATIONS)}"
-        )
+    choose("implementation", implementation, IMPLEMENTATIONS)
     rows, columns = (
         _scores(half, keys[:, side])
         for side, half in enumerate(jnp.split(queries, 2, axis=-1))
