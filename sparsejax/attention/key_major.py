@@ -213,9 +213,9 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
         dscores = (dlogits * slope).astype(dtype)
         dq = product(dscores, keys[at], "nbgqk,nbgkc->nbgqc")
         parts = (
-            product(dscores, queries, "nbgqk,nbgqc->nbgkc"),
-            product(weights.astype(dtype), dout, "nbgqk,nbgqc->nbgkc"),
-            None if biases is None else dlogits.sum(axis=3)[..., None],
+            product(queries, dscores, "nbgqc,nbgqk->nbgck"),
+            product(dout, weights.astype(dtype), "nbgqc,nbgqk->nbgck"),
+            None if biases is None else dlogits.sum(axis=3)[..., None, :],
         )
 
         def add(total: Array, part: Array) -> Array:
@@ -225,7 +225,7 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
 
         return tiles.kept(room, step, dq), *jax.tree.map(add, tuple(sums), parts)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), (keys, values, biases))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.mT.shape), (keys, values, biases))
     start = alike((tiles.room(arrays[0].shape[1:]), *zeros), inputs, cotangent)
     room, *dkv = jax.lax.fori_loop(0, tiles.plan.steps, visit, start)
-    return layout.flat(tiles.sum(room)), *jax.tree.map(beside, dkv)
+    return layout.flat(tiles.sum(room)), *jax.tree.map(lambda x: beside(x.mT), dkv)

@@ -117,10 +117,10 @@ class _Steps:
         return jax.tree.map(of, self.kv)
 
     def added(self, row: Row, ids: Array, total: Any, tiles: Any) -> Any:
-        """Add the tiles of some blocks where they came from."""
+        """Add the tiles of some blocks, [B, G, c, K], where they came from."""
 
         def add(total: Array, tile: Array) -> Array:
-            parts = jnp.split(tile, len(ids), axis=2)
+            parts = jnp.split(tile, len(ids), axis=3)
             for block, part in zip(ids, parts, strict=True):
                 total = total.at[row.key_base + block].add(part)
             return total
@@ -229,10 +229,11 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
             weights = jnp.exp(logits - lse)
             dlogits = weights * (product(dout, values, "bgqc,bgkc->bgqk") - delta)
             dscores = (dlogits * slope).astype(dtype)
+            # The wide factor on the right: turned, on the left, it takes up to a third more.
             dkv = (
-                product(dscores, queries, "bgqk,bgqc->bgkc"),
-                product(weights.astype(dtype), dout, "bgqk,bgqc->bgkc"),
-                None if biases is None else dlogits.sum(axis=2)[..., None],
+                product(queries, dscores, "bgqc,bgqk->bgck"),
+                product(dout, weights.astype(dtype), "bgqc,bgqk->bgck"),
+                None if biases is None else dlogits.sum(axis=2)[:, :, None],
             )
             dq = dq + product(dscores, keys, "bgqk,bgkc->bgqc")
             return dq, steps.added(row, ids, total, dkv)
@@ -241,7 +242,7 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
         dq, carry = steps.walk(row, step, (start, carry))
         return carry, layout.flat(dq * steps.scale)
 
-    zeros = jax.tree.map(lambda x: beside(jnp.zeros(x.shape)), steps.kv)
+    zeros = jax.tree.map(lambda x: beside(jnp.zeros(x.shape)).mT, steps.kv)
     zeros = alike(zeros, inputs, cotangent)
     dkv, dq = jax.lax.scan(visit, zeros, (table(inputs), *arrays))
-    return dq, *jax.tree.map(beside, dkv)
+    return dq, *jax.tree.map(lambda x: beside(x.mT), dkv)
