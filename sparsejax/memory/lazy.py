@@ -77,7 +77,8 @@ def adam(
     count = step.astype(jnp.float32)
     corrected = jnp.sqrt(square / (1 - b2**count))
     direction = mean / (1 - b1**count) / (corrected + eps)
-    last = jnp.broadcast_to(step, moments["last"].shape)
+    # What is written hangs on what is read, or XLA would copy the column for each tile.
+    last = jnp.maximum(moments["last"], step)
     return direction, {"mean": mean, "square": square, "last": last}
 
 
