@@ -229,7 +229,7 @@ def backward(inputs: Inputs, attended: Attended, cotangent: Attended) -> tuple:
             weights = jnp.exp(logits - lse)
             dlogits = weights * (product(dout, values, "bgqc,bgkc->bgqk") - delta)
             dscores = (dlogits * slope).astype(dtype)
-            # The wide factor on the right: on the left, turned, it takes up to half more.
+            # The wide factor goes right: left, and turned, it costs up to half more.
             dkv = (
                 product(queries, dscores, "bgqc,bgqk->bgck"),
                 product(dout, weights.astype(dtype), "bgqc,bgqk->bgck"),
