@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sparsejax.config import near
+from sparsejax.config import choose
 from sparsejax.late import late
 from sparsejax.masked.block_sparse_xla import xla
 from sparsejax.partition import platform
@@ -169,11 +169,7 @@ def block_sparse_matmul(
             that do not fit, and for ids outside of the matrix.
     """
     name = _default() if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={name!r}: block_sparse_matmul has no such implementation"
-            f"{near(name, IMPLEMENTATIONS)}"
-        )
+    choose("implementation", name, IMPLEMENTATIONS)
     _check(x, w)
     if 0 in (x.size, w.values.size):
         return jnp.zeros((x.shape[0], w.shape[1]), x.dtype)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from sparsejax.config import near
+from sparsejax.config import choose
 from sparsejax.late import late
 from sparsejax.moe.grouped_xla import xla
 from sparsejax.partition import platform
@@ -44,11 +44,7 @@ def grouped_matmul(
             that do not fit, and for sizes that are negative or too many.
     """
     name = _default() if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={name!r}: grouped_matmul has no such implementation"
-            f"{near(name, IMPLEMENTATIONS)}"
-        )
+    choose("implementation", name, IMPLEMENTATIONS)
     _check(x, w, group_sizes)
     if 0 in (x.size, w.size):
         return jnp.zeros((x.shape[0], w.shape[2]), x.dtype)
