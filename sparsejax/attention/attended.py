@@ -31,7 +31,9 @@ class Segments(NamedTuple):
 def join_sinks(attended: Attended, sinks: Float[Array, " h"]) -> Attended:
     """Let one more logit per head, with value zero, join a finished softmax."""
     lse = jnp.logaddexp(attended.lse, sinks.astype(attended.lse.dtype)[None, :, None])
-    kept = jnp.exp(attended.lse - lse).mT[..., None]
+    seen = jnp.isfinite(lse)  # not if there is no key, and the sink is switched off
+    kept = jnp.where(seen, jnp.exp(attended.lse - jnp.where(seen, lse, 0)), 0)
+    kept = kept.mT[..., None]
     values = attended.values
     return Attended((values * kept).astype(values.dtype), lse)
 

@@ -161,6 +161,8 @@ class Attention(nnx.Module):
         q, k, v, recent = self._project(x, positions, segments, recent)
         context = given(self, x, positions, segments)
         if cache is not None:
+            if recent is not None and cache.recent is not None:
+                recent = recent.astype(cache.recent.dtype)
             cache, context = remembered(cache._replace(recent=recent), k, v, context)
             kept = cache.keys, cache.values
             k, v = (a.swapaxes(1, 2).astype(x.dtype) for a in kept if a is not None)

@@ -47,14 +47,18 @@ def xla(
     if mask.q_len == 1 and mask.ids.shape[-1] == mask.grid.columns:
         more = {"segments": segments, "bias": bias}
         return reference(q, k, v, mask, scale=scale, softcap=softcap, **more)
+    known = mask
     if segments is not None:
         mask = restrict(mask, segments)
-    mask = suited(mask)
+    restricted, mask = mask, suited(mask)
+    if mask is not restricted:
+        known = mask
     bias = None if bias is None else bias.mT[..., None]
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
     q, k, v, bias = alike((q, k, v, bias), q, k, v, mask, segments, bias)
-    # Chosen here: inside, even a mask of numpy arrays is traced.
-    static = Score(scale, softcap), walked.strides(mask, q.shape)
+    # Chosen here, of lists as they were given: inside, and of segments, all are traced.
+    together = q.shape[0] // mask.ids.shape[0] * known.ids.shape[0]
+    static = Score(scale, softcap), walked.strides(known, (together, *q.shape[1:]))
     return _attend(q, k, v, bias, (mask, segments), static)
 
 

@@ -104,16 +104,21 @@ def _matches(layers: Mapping[str, Layer], patterns: tuple[str, ...]) -> set[str]
 def by_path(
     layers: Mapping[str, Layer], density: float, *, densities: Mapping[str, float]
 ) -> dict[str, float]:
-    """Give every layer the density of the first regex that its path matches.
+    """Give every layer the density of the longest regex that its path matches.
 
     Raises:
-        ValueError: if a regex matches no path.
+        ValueError: if a regex matches no path, or a density is not in (0, 1].
     """
     _matches(layers, tuple(densities))
-    return {
-        path: next((d for p, d in densities.items() if re.search(p, path)), density)
-        for path in layers
-    }
+    for pattern, given in densities.items():
+        if not 0 < given <= 1:
+            raise ValueError(f"densities[{pattern!r}]={given}: must be in (0, 1]")
+
+    def given(path: str) -> float:
+        found = [pattern for pattern in densities if re.search(pattern, path)]
+        return densities[max(found, key=len)] if found else density
+
+    return {path: given(path) for path in layers}
 
 
 def global_(layers: Mapping[str, Layer], density: float) -> dict[str, float]:

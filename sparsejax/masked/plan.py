@@ -130,13 +130,20 @@ def targets(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
             stack=tuple(arrays[path].shape[:first]),
             structure=_structure(plan, path, letters[path][first:]),
             ramp=plan.ramp._replace(
-                initial=max(ends[0][path], ends[1][path]), final=ends[1][path]
+                initial=_initial(plan, ends[0][path], ends[1][path]),
+                final=ends[1][path],
             ),
         )
         _check(found[path], plan)
     _check_ranking(found, plan)
     _check_products(found, plan, params)
     return found
+
+
+def _initial(plan: MaskedConfig, initial: float, final: float) -> float:
+    """Where a path begins; one whose density is given, whatever the plan's, like it."""
+    falls = plan.initial > plan.density
+    return max(plan.initial if falls and initial == final else initial, final)
 
 
 def _chosen(

@@ -118,7 +118,9 @@ def grouped(
             return y
         rows = jnp.arange(x.shape[0], dtype=group_sizes.dtype)
         own = jnp.searchsorted(jnp.cumsum(group_sizes), rows, side="right")
-        return y + bias.at[own].get(mode="fill", fill_value=0)
+        # Its gradient is a sum over rows, which in bfloat16 would stand still.
+        wide = bias.astype(jnp.float32).at[own].get(mode="fill", fill_value=0)
+        return y + wide.astype(y.dtype)
 
     return _expert(x, experts, product, activation)
 

@@ -240,9 +240,10 @@ def moved_penalty(
         density: share of the experts that a mean token visits.
         target: the share asked for.
 
-    Source: Wang et al. 2024, arXiv:2412.14711, Eq. 8.
+    Source: Wang et al. 2024, arXiv:2412.14711, Eq. 8. Departure: it stays between
+    1e-12 and 1e6, or a long way to one side would end at 0 or infinity for good.
     """
-    return penalty * rate ** jnp.sign(density - target)
+    return jnp.clip(penalty * rate ** jnp.sign(density - target), 1e-12, 1e6)
 
 
 STATES: dict[str, State] = {

@@ -66,7 +66,7 @@ def finished_row(job: Job) -> dict[str, Any] | None:
         return None
     try:
         return _read(job)
-    except ValueError:
+    except (ValueError, KeyError):
         return None
 
 
@@ -86,8 +86,9 @@ def run_job(job: Job, environment: Mapping[str, str] | None = None) -> dict[str,
         row = finished_row(job) if code == 0 else None
         if row is not None:
             return row
-        illegal = code == 2  # a config that cannot be run stays so
-        if attempt == job.retries or illegal:
+        # A config that cannot be run stays so, and an interrupt is meant for all.
+        in_vain = code in (2, -signal.SIGINT)
+        if attempt == job.retries or in_vain:
             raise JobError(f"{job.point.labels}: {_told(job.home, code)}")
     raise AssertionError("every attempt returns or raises")
 

@@ -81,7 +81,14 @@ class Trainer:
         tokenizer = self.data.tokenizer
         self.step = Step(config, tokenizer.vocab_size, tokenizer.token_bytes)
         # Traced, like the model itself: nothing compiles before all checks are done.
-        abstract = jax.eval_shape(lambda: self.step.init(jax.random.key(config.seed)))
+        try:
+            abstract = jax.eval_shape(
+                lambda: self.step.init(jax.random.key(config.seed))
+            )
+        except ConfigError:
+            raise
+        except ValueError as error:  # a plan of masks that does not fit this model
+            raise ConfigError(f"this config cannot be run: {error}") from error
         check_divisible(abstract.params, mesh)
         self.key = jax.random.key(config.seed)
         self.shardings = shardings(abstract, mesh)
@@ -209,6 +216,8 @@ class _Loop:
     def finish(self, state: State, finished: bool) -> dict[str, Any]:
         """Sum the run up; once it has come to its end, write everything down."""
         seconds = time.monotonic() - self.began
+        if finished and not self.last_scores:  # all its steps were taken before
+            self.last_scores = self.trainer.evaluate(state)
         results = self.last_scores | {"finished": finished, "seconds": seconds}
         if not finished:
             return results

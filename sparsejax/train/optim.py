@@ -81,7 +81,8 @@ class OptimConfig:
     clip: float | None = 1.0  # global norm of the gradients; none: off
     weight_decay: float = 0.0  # a step removes learning rate x this x the weight
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # regexes of paths
-    rates: dict[str, float] = field(default_factory=dict)  # regex: factor of the rate
+    # Regex: factor of the rate. Where several match, the longest counts.
+    rates: dict[str, float] = field(default_factory=dict)
     accumulate: int = 1  # micro-batches in a step
     # how tables that are read by rows follow theirs: as all else does, or by rows
     tables: str | None = None  # none, or a key of sparsejax.memory.lazy.RULES
@@ -299,12 +300,20 @@ def _decay(config: OptimConfig) -> optax.GradientTransformation:
     )
 
 
+def rate_of(rates: Mapping[str, float], path: str) -> float:
+    """Give the rate of the longest pattern that a path matches; 1 if there is none.
+
+    Not of the first: a ``ConfigDict`` sorts its keys.
+    """
+    found = [pattern for pattern in rates if re.search(pattern, path)]
+    return rates[max(found, key=len)] if found else 1.0
+
+
 def _scale_by_path(rates: Mapping[str, float]) -> optax.GradientTransformation:
-    """Multiply each update by the rate of the first pattern that its path matches."""
+    """Multiply each update by the rate of its path."""
 
     def scaled(path: str, update: Array) -> Array:
-        factors = [rate for pattern, rate in rates.items() if re.search(pattern, path)]
-        return update * factors[0] if factors else update
+        return update * rate_of(rates, path)
 
     return optax.stateless(lambda updates, _: tree.map_with_path(scaled, updates))
 

@@ -21,13 +21,27 @@ from sparsejax.train.workdir import write_summary
 
 
 def sample_text(
-    model: Transformer, tokenizer: Any, prompt: str, *, seed: int = 0, **options: Any
+    model: Transformer,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    tokens: int,
+    seed: int = 0,
+    **options: Any,
 ) -> str:
-    """Return the prompt and its continuation; ``options`` are those of ``generate``."""
+    """Return the prompt and its continuation, as far as the model's context goes.
+
+    ``options`` are those of ``generate``.
+    """
     ids = np.asarray(tokenizer.prompt(prompt), np.int32)
+    if model.config.context_length is not None:
+        tokens = min(tokens, model.config.context_length - len(ids))
+    if tokens < 1:
+        return prompt
     mesh = jax.sharding.get_abstract_mesh()
     rows = math.prod(mesh.shape.get(name, 1) for name in BATCH)  # one for each device
-    draw = functools.partial(generate, key=jax.random.key(seed), **options)
+    key = jax.random.key(seed)
+    draw = functools.partial(generate, tokens=tokens, key=key, **options)
     whole = jax.sharding.PartitionSpec()
     chosen = jax.jit(draw, out_shardings=whole)(model, np.tile(ids, (rows, 1)))
     return prompt + tokenizer.decode(np.asarray(chosen)[0])

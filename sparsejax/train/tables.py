@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.tree_util import tree_map_with_path
@@ -20,11 +22,14 @@ from sparsejax.memory import lazy
 from sparsejax.memory.rows import Rows, row_gradient
 from sparsejax.memory.specific import most_specific, read_counts
 from sparsejax.memory.table import Sink, arm, is_table, reads, sink_of
-from sparsejax.train.optim import OptimConfig, make_schedule
+from sparsejax.train.optim import OptimConfig, make_schedule, rate_of
 from sparsejax.tree import path_name, variables
 from sparsejax.typing import Array, Float, Int, PyTree
 
 __all__ = ["BothStates", "TableState", "Tables", "split"]
+
+
+MOST_DECAY = 60.0  # rates times decay of a run: float32 ends at e^-87
 
 
 class TableState(NamedTuple):
@@ -63,8 +68,24 @@ class Tables:
         self.rule = partial(lazy.RULES[config.tables], **config.table_arguments)
         self.schedule = make_schedule(config, steps)
         self.rows = config.table_rows
-        self.rates = {path: _rate(config, path) for path in found}
+        self.rates = {path: rate_of(config.rates, path) for path in found}
         self.decays = {path: _decay(config, path) for path in found}
+        self._check_decay(steps)
+
+    def _check_decay(self, steps: int) -> None:
+        """Refuse decay whose scalar would leave float32 before the run ends."""
+        sample = np.linspace(0, steps - 1, min(steps, 1000))
+        with jax.ensure_compile_time_eval():
+            mean = float(jnp.mean(jax.vmap(self.schedule)(jnp.asarray(sample))))
+        for path, decay in self.decays.items():
+            total = mean * steps * self.rates[path] * decay
+            if total > MOST_DECAY:
+                raise ConfigError(
+                    f"config.optim.weight_decay={decay}: {path} would shrink by"
+                    f" e^-{total:.0f} in {steps} steps, and rows are stored for"
+                    f" e^-{MOST_DECAY:.0f} at most; lower it or optim.rates, or name"
+                    " the path in optim.no_decay"
+                )
 
     def refuse_masks(self, masked: Iterable[str]) -> None:
         """Refuse masks on tables, whose weights would have to be zero unread.
@@ -227,11 +248,6 @@ def _map(function: Callable[..., nnx.Variable], tables: PyTree) -> PyTree:
         tables,
         is_leaf=lambda x: isinstance(x, nnx.Variable),
     )
-
-
-def _rate(config: OptimConfig, path: str) -> float:
-    found = (rate for key, rate in config.rates.items() if re.search(key, path))
-    return next(found, 1.0)
 
 
 def _decay(config: OptimConfig, path: str) -> float:

@@ -211,9 +211,8 @@ def _lock(path: Path) -> int:
 
 def _check_owner(path: Path, config: Mapping[str, Any], free: tuple[str, ...]) -> bool:
     """Refuse a workdir of another config; say whether no run has been here."""
-    file = path / "config.json"
+    file, left = path / "config.json", [x for x in TRACES if (path / x).exists()]
     if not file.exists():
-        left = [name for name in TRACES if (path / name).exists()]
         if left:
             raise ConfigError(
                 f"--workdir={path}: has {left[0]} but no config.json, so its config"
@@ -227,6 +226,8 @@ def _check_owner(path: Path, config: Mapping[str, Any], free: tuple[str, ...]) -
             f"{file}: not the config of a run; name another --workdir, or delete it"
         ) from None
     differences = _differences(before, json.loads(json.dumps(config)), free)
+    if differences and not left:
+        return True  # of a config that was refused before its first step
     if differences:
         more = len(differences) - NAMED
         tail = f" and {more} more" if more > 0 else ""

@@ -146,6 +146,17 @@ def test_documents_do_not_learn_of_each_other(name, key):
         np.testing.assert_array_equal(after[:, same], before[:, same])
 
 
+def test_nsa_chooses_by_what_its_own_document_compressed(key):
+    model, t = layer("nsa"), 3 * T  # so long that there is more than a choice
+    x, lengths = jax.random.normal(key, (1, t, WIDTH)), [10, t - 10]
+    numbers = jnp.repeat(jnp.arange(1, 3), jnp.array(lengths))[None].astype("int32")
+    where = jnp.concatenate([jnp.arange(n) for n in lengths])[None].astype("int32")
+    noise = jax.random.normal(jax.random.key(7), (1, 10, WIDTH))
+    before = value(model, x, where, numbers)
+    after = value(model, x.at[:, :10].add(noise), where, numbers)
+    np.testing.assert_array_equal(after[:, 10:], before[:, 10:])
+
+
 @functools.cache
 def slopes(name, implementation=None):
     """Gradients, values and metrics of a layer with everything on."""

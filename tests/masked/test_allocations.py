@@ -65,9 +65,15 @@ def test_erk_without_power_is_uniform():
     )
 
 
-def test_by_path_takes_the_first_match_and_falls_back():
-    given = ALLOCATIONS["by_path"](LAYERS, 0.5, densities={"st": 0.1, "s": 0.2})
+def test_by_path_takes_the_longest_match_and_falls_back():
+    given = ALLOCATIONS["by_path"](LAYERS, 0.5, densities={"s": 0.2, "st": 0.1})
     assert given == {"small": 0.2, "stack": 0.1, "kernel": 0.5}
+
+
+@pytest.mark.parametrize("density", [0.0, 1.5])
+def test_by_path_refuses_what_is_no_density(density):
+    with pytest.raises(ValueError, match=r"densities\['s'\].*must be in \(0, 1\]"):
+        ALLOCATIONS["by_path"](LAYERS, 0.5, densities={"s": density})
 
 
 def test_by_path_names_a_pattern_that_matches_nothing():

@@ -161,6 +161,18 @@ def test_by_path_reaches_the_masks(key):
     assert (found[UP].ramp.final, found[DOWN].ramp.final) == (0.25, 0.5)
 
 
+def test_a_density_given_by_path_is_the_end_of_a_gradual_schedule(key):
+    chosen = plan(
+        schedule="cubic",
+        initial=1.0,
+        end=10,
+        allocation="by_path",
+        allocation_arguments={"densities": {"down": 0.5}},
+    )
+    ramp = targets(network(key), chosen)[DOWN].ramp
+    assert (ramp.initial, ramp.final) == (1.0, 0.5)
+
+
 def test_a_plan_comes_from_a_config_file():
     given = {
         "density": 0.5,

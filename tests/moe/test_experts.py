@@ -63,6 +63,23 @@ def test_experts_are_the_written_formula(name, make):
     np.testing.assert_allclose(y, np.array(expected), rtol=2e-4, atol=1e-3)
 
 
+def test_bfloat16_biases_get_the_sum_over_many_rows():
+    n, sizes = 4096, jnp.asarray([3000, 96, 1000], jnp.int32)
+    x = jax.random.normal(jax.random.key(3), (n, D))
+
+    def slopes(dtype):
+        experts = jax.tree.map(lambda w: w.astype(dtype), stack())
+
+        def loss(experts):
+            y = grouped(x.astype(dtype), experts, sizes, activation=HIDDEN["silu"])
+            return y.astype("float32").sum()
+
+        return jax.grad(loss)(experts)
+
+    found, exact = (slopes(dtype).down_bias for dtype in ("bfloat16", "float32"))
+    np.testing.assert_allclose(found.astype("float32"), exact, rtol=0.01)
+
+
 def test_an_expert_without_rows_gets_no_gradient():
     x = jax.random.normal(jax.random.key(1), (9, D)).at[7:].set(jnp.nan)
 

@@ -260,6 +260,32 @@ def test_load_is_the_probability_of_a_visit_if_the_noise_were_drawn_again():
     np.testing.assert_allclose(losses["load"], expected, rtol=0.05)
 
 
+def test_all_experts_are_visited_whatever_the_noise():
+    def load(raw):
+        routing = noisy_top_k(logits_of(0), k=EXPERTS, noise=raw, key=jax.random.key(0))
+        return routing.losses["load"]
+
+    value, slope = jax.value_and_grad(load)(logits_of(1))
+    assert value == 0
+    assert not slope.any()
+
+
+def test_an_expert_takes_its_share_of_the_tokens_that_count():
+    choose, logits = ROUTERS["expert_choice"], logits_of(0)
+    alone = choose(logits[:8], k=2)
+    padded = choose(logits[:16], k=2, valid=jnp.arange(16) < 8)
+    np.testing.assert_array_equal(alone.weights, padded.weights[:8])
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("s_base", {"temperature": 0.0}), ("base", {"precision": 0.0})],
+)
+def test_settings_that_would_never_end_are_refused(name, wrong):
+    with pytest.raises(ValueError, match="must be positive"):
+        ROUTERS[name](logits_of(0), k=1, key=jax.random.key(0), **wrong)
+
+
 def test_noisy_losses_reach_logits_and_noise_and_vanish_when_balanced():
     def load(logits, raw):
         routing = noisy_top_k(logits, k=2, noise=raw, key=jax.random.key(0))

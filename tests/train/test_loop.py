@@ -125,9 +125,13 @@ def test_a_resumed_run_is_the_uninterrupted_run(
 
 
 def test_a_finished_run_is_only_summed_up_again(config, straight):
-    before = uninterrupted(config, straight)
+    before, summary = uninterrupted(config, straight), straight / "summary.json"
+    scores = json.loads(summary.read_text())
     assert train(config, straight)["finished"]
     assert figures(straight) == before
+    again = json.loads(summary.read_text())
+    assert again["eval/loss"] == pytest.approx(scores["eval/loss"], rel=1e-6)
+    assert again.keys() == scores.keys()
 
 
 def test_a_terminated_run_saves_and_says_so(config, straight, tmp_path, monkeypatch):

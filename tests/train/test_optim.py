@@ -164,14 +164,14 @@ def test_rates_multiply_the_updates_of_the_paths_they_match():
     rated = config(
         name="sgd",
         clip=None,
-        rates={"values": 4.0, "stack/(gate|bias)": 0.0, "stack": 0.5},
+        rates={"": 1.0, "stack": 0.5, "stack/(gate|bias)": 0.0, "values": 4.0},
     )
     one, two = (make_optimizer(c, STEPS, params) for c in (plain, rated))
     base = leaves(one.update(params, one.init(params), params)[0])
     updates = leaves(two.update(params, two.init(params), params)[0])
     factors = {"embedding": 1.0, "values": 4.0, "stack/gate": 0.0, "stack/bias": 0.0}
     for path, update in updates.items():
-        factor = factors.get(path, 0.5)  # the first pattern that matches decides
+        factor = factors.get(path, 0.5)  # the longest pattern that matches decides
         np.testing.assert_array_equal(update, base[path] * factor)
 
 

@@ -61,13 +61,27 @@ def test_a_workdir_opens_again_for_the_same_config(tmp_path):
     assert not reopen(tmp_path).is_new
 
 
+def began(path):
+    """Leave what a run does when it has taken a step."""
+    (path / "metrics.jsonl").write_text("{}")
+
+
 def test_tuples_and_lists_are_the_same_config(tmp_path):
     reopen(tmp_path)
     reopen(tmp_path, changed(model__ffn__shape=(1, 2)))
 
 
+def test_a_config_that_was_refused_before_its_first_step_claims_nothing(tmp_path):
+    reopen(tmp_path)
+    assert reopen(tmp_path, changed(seed=1)).is_new
+    began(tmp_path)
+    with pytest.raises(ConfigError, match=r"seed is 1 \(here 0\)"):
+        reopen(tmp_path)
+
+
 def test_another_config_is_refused_by_its_first_differences(tmp_path):
     reopen(tmp_path)
+    began(tmp_path)
     other = changed(model__depth=6, model__ffn__experts=2, seed=1, mesh__data=2)
     with pytest.raises(ConfigError) as error:
         reopen(tmp_path, other)
@@ -81,12 +95,14 @@ def test_another_config_is_refused_by_its_first_differences(tmp_path):
 
 def test_a_field_on_one_side_only_is_a_difference(tmp_path):
     reopen(tmp_path, {"a": 1, "b": None})
+    began(tmp_path)
     with pytest.raises(ConfigError, match=r"config\.b is null \(here absent\);"):
         reopen(tmp_path, {"a": 1})
 
 
 def test_free_fields_and_sections_may_differ_and_are_kept_up_to_date(tmp_path):
     reopen(tmp_path)
+    began(tmp_path)
     free = ("train.log_every", "mesh")
     reopen(tmp_path, changed(train__log_every=7, mesh__fsdp=8), free=free)
     card = json.loads((tmp_path / "config.json").read_text())
@@ -97,12 +113,14 @@ def test_free_fields_and_sections_may_differ_and_are_kept_up_to_date(tmp_path):
 
 def test_a_free_name_frees_nothing_that_only_starts_alike(tmp_path):
     reopen(tmp_path, {"mesh": 1, "mesh_axes": 1})
+    began(tmp_path)
     with pytest.raises(ConfigError, match="mesh_axes"):
         reopen(tmp_path, {"mesh": 1, "mesh_axes": 2}, free=("mesh",))
 
 
 def test_a_refused_workdir_is_left_as_it_was_and_unlocked(tmp_path):
     reopen(tmp_path)
+    began(tmp_path)
     before = (tmp_path / "config.json").read_text()
     with pytest.raises(ConfigError):
         reopen(tmp_path, changed(seed=1))

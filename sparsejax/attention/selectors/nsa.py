@@ -17,6 +17,7 @@ from sparsejax.attention.context import Context, Mixed, Place, listed
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.patterns import Cover, Pattern, Span, sliding_window
 from sparsejax.attention.rope import head_norm, rope
+from sparsejax.attention.rows import Score
 from sparsejax.attention.selection import choose, same_document
 from sparsejax.attention.selectors.plain import Sizes, Work
 from sparsejax.config import require
@@ -97,11 +98,13 @@ def nsa(
     kv_len: int,
     block_kv: int,
     options: NSAOptions,
+    softcap: float | None = None,
     place: Place = Place(),  # noqa: B008  an immutable default
 ) -> BlockMask:
     """Choose the blocks that attention over compressed keys ``k`` gives most mass.
 
-    The heads of a group choose together. ``lse`` is that attention's log-denominator.
+    The heads of a group choose together. ``lse`` is that attention's log-denominator,
+    ``softcap`` its bound of logits.
 
     Raises:
         ValueError: if ``top`` exceeds the number of blocks.
@@ -117,11 +120,15 @@ def nsa(
     shared = np.maximum(0, ends - np.maximum(m, block)) / options.stride
     grouped = q.astype("float32").reshape(b, t, k.shape[2], -1, c)
 
-    logits = c**-0.5 * jnp.einsum("btgrc,bmgc->bgrtm", grouped, k.astype("float32"))
+    products = jnp.einsum("btgrc,bmgc->bgrtm", grouped, k.astype("float32"))
+    logits = Score(c**-0.5, softcap).logits(products)
     lse = lse.reshape(b, k.shape[2], -1, t, 1)
     i = place.positions(t)
     seen = m.T + options.length - 1 <= i[:, None]
     seen = seen[None, None, None] & jnp.isfinite(lse)
+    if place.segments is not None:
+        mine, of = place.segments.q[..., None], documents(place, k.shape[1], options)
+        seen = seen & ((mine == of[:, None]) & (mine != 0))[:, None, None]
     mass = jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse, 0)), 0)
     scores = jnp.einsum("bgrtm,mj->bgtj", mass, jnp.asarray(shared, "float32"))
     block = jnp.arange(columns, dtype="int32")[None, None, None]
@@ -136,6 +143,15 @@ def nsa(
         block_kv=block_kv,
         place=place,
     )
+
+
+def documents(place: Place, keys: int, options: NSAOptions) -> Int[Array, "b m"]:
+    """Give the document of every compressed key; 0 for one that straddles several."""
+    assert place.segments is not None
+    starts = np.arange(keys) * options.stride
+    parts = place.segments.kv[:, starts[:, None] + np.arange(options.length)[None]]
+    same = (parts == parts[..., :1]).all(axis=-1)
+    return jnp.where(same, parts[..., 0], 0)
 
 
 class NSA(nnx.Module):
@@ -226,6 +242,7 @@ class NSA(nnx.Module):
                 kv_len=k.shape[1],
                 block_kv=min(context.config.block_kv, k.shape[1]),
                 options=self.options,
+                softcap=context.config.softcap,
                 place=place,
             )
             near = self._mask(q, kn, sliding_window(self.options.window), place)
@@ -267,10 +284,8 @@ class NSA(nnx.Module):
         if not k.shape[1]:
             return jnp.zeros_like(q), jnp.full_like(q[..., 0].mT, -jnp.inf, "float32")
         if numbers is not None:
-            starts = np.arange(k.shape[1]) * options.stride
-            parts = numbers.kv[:, starts[:, None] + np.arange(options.length)[None]]
-            same = (parts == parts[..., :1]).all(axis=-1)
-            numbers = Segments(numbers.q, jnp.where(same, parts[..., 0], 0))
+            of = documents(place, k.shape[1], options)
+            numbers = Segments(numbers.q, of)
         mask = self._mask(q, k, Completed(options.length, options.stride), place)
         place = place._replace(segments=numbers)
         found = context.attended(q, k, v, mask, place)

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from sparsejax.attention.context import Context, Mixed, Place, parts_of_context
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.patterns import full
+from sparsejax.partition import axis
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["Method", "Mixer", "Patterned", "Selecting", "Sizes", "Work"]
@@ -72,6 +74,13 @@ class Patterned(Mixer):
         """Attend as the config's pattern says."""
         del x
         mask = pattern_mask(context, q.shape[1], k.shape[1])
+        if isinstance(mask.count, np.ndarray):  # known while it compiles, like its work
+
+            def known(q: Array, k: Array, *, place: Place) -> BlockMask:
+                del q, k
+                return mask.replace(q_offset=jnp.asarray(place.q_offset, "int32"))
+
+            return context.attend(q, k, v, known)._replace(metrics={})
 
         def local(q: Array, k: Array, mask: BlockMask, *, place: Place) -> BlockMask:
             del k
@@ -122,6 +131,8 @@ def everything(context: Context, t: int, s: int) -> BlockMask:
 def pattern_mask(context: Context, t: int, s: int) -> BlockMask:
     """The config's mask, which has to fall into whole blocks for every device.
 
+    Its tables are numpy's where they are known and nobody cuts them.
+
     Raises:
         ValueError: if the queries do not.
     """
@@ -140,4 +151,5 @@ def pattern_mask(context: Context, t: int, s: int) -> BlockMask:
         block_kv=min(config.block_kv, s),
         q_offset=context.q_offset,
     )
-    return jax.tree.map(jnp.asarray, mask)
+    uncut = parts == 1 and (axis("tensor") is None or mask.ids.shape[1] == 1)
+    return mask if uncut else jax.tree.map(jnp.asarray, mask)

@@ -4,7 +4,6 @@ An assignment made in training knows the tokens that follow; what is computed fr
 at evaluation does not, but for ``expert_choice``, which a causal model refuses.
 """
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -44,8 +43,13 @@ def sinkhorn(
     Alternating projections in the log domain, until every column is within
     ``tolerance`` of its share, relative to it. Rows that are not valid are 0.
 
+    Raises:
+        ValueError: if the temperature is not positive.
+
     Source: Cuturi 2013, arXiv:1306.0895, Alg. 1.
     """
+    if temperature <= 0:
+        raise ValueError(f"temperature={temperature}: must be positive")
     live = jnp.ones(scores.shape[0], bool) if valid is None else valid
     share = jnp.maximum(live.sum(), 1).astype(jnp.float32) / scores.shape[1]
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32)) / temperature
@@ -167,8 +171,13 @@ def auction(
     times the range of the scores, per token, of the best. An expert's share is the
     valid tokens over the experts, up; tokens that are not valid get expert 0.
 
+    Raises:
+        ValueError: if the precision is not positive: bids would not rise.
+
     Source: Lewis et al. 2021, arXiv:2103.16716, Sec. 3.1.
     """
+    if precision <= 0:
+        raise ValueError(f"precision={precision}: must be positive")
     tokens, experts = scores.shape
     live = jnp.ones(tokens, bool) if valid is None else valid
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
@@ -282,7 +291,7 @@ def _taken(
     probs: Float[Array, "t n e"], live: Bool[Array, "t n"], k: int
 ) -> Bool[Array, "t n e"]:
     """Say which tokens of each group an expert takes; ties go to the earlier token."""
-    count = math.ceil(probs.shape[1] * k / probs.shape[2])
+    count = -(-live.sum(axis=1, dtype=jnp.int32) * k // probs.shape[2])[:, None, None]
     scores = jax.lax.stop_gradient(jnp.where(live[..., None], probs, -jnp.inf))
     order = jnp.argsort(-scores, axis=1, stable=True)
     rank = jnp.argsort(order, axis=1, stable=True)

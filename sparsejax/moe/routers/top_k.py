@@ -122,8 +122,10 @@ def noisy_top_k(
     weights = jax.nn.softmax(pick(noisy, chosen))
     one_hot = jax.nn.one_hot(chosen, logits.shape[1])
     importance = valid_mean(jnp.einsum("nk,nke->ne", weights, one_hot), valid)
-    margin = (logits - _threshold(noisy, k)) / scale
-    load = valid_mean(jax.scipy.special.ndtr(margin), valid)
+    visited = jnp.ones_like(logits)  # whatever the noise, if all are
+    if k < logits.shape[1]:
+        visited = jax.scipy.special.ndtr((logits - _threshold(noisy, k)) / scale)
+    load = valid_mean(visited, valid)
     losses = {
         "importance": importance_weight * _squared_variation(importance),
         "load": load_weight * _squared_variation(load),
@@ -133,8 +135,6 @@ def noisy_top_k(
 
 def _threshold(noisy: Float[Array, "n e"], k: int) -> Float[Array, "n e"]:
     """Give the ``k``-th best of the others: what an expert has to exceed."""
-    if k == noisy.shape[1]:
-        return jnp.full_like(noisy, -jnp.inf)
     values = pick(noisy, choose(noisy, k + 1))
     last, after = values[:, k - 1, None], values[:, k, None]
     return jnp.where(noisy >= last, after, last)
