@@ -114,11 +114,11 @@ def by_path(
         if not 0 < given <= 1:
             raise ValueError(f"densities[{pattern!r}]={given}: must be in (0, 1]")
 
-    def given(path: str) -> float:
+    def of(path: str) -> float:
         found = [pattern for pattern in densities if re.search(pattern, path)]
         return densities[max(found, key=len)] if found else density
 
-    return {path: given(path) for path in layers}
+    return {path: of(path) for path in layers}
 
 
 def global_(layers: Mapping[str, Layer], density: float) -> dict[str, float]:
