@@ -7,7 +7,7 @@ Text appears as it is drawn; that of several prompts, drawn together, when all i
 """
 
 import argparse
-import codecs
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,8 @@ def continued(
 
 def _written(text: str) -> str:
     r"""Read ``\n`` and the like, which a shell passes on as two characters."""
-    return codecs.decode(text.encode("latin-1", "backslashreplace"), "unicode_escape")
+    meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+    return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,6 +13,8 @@ import pytest
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
 from sparsejax.bench.__main__ import BENCHES
+from sparsejax.config import convert, override, read
+from sparsejax.train.config import Config as Trained
 from tests.sources import ROOT
 
 DOCS = ROOT / "docs"
@@ -48,6 +51,19 @@ def test_a_link_to_a_heading_finds_it(page):
     links = re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", page.read_text())
     targets = [(page.parent / path if path else page, name) for path, name in links]
     assert [(t.name, n) for t, n in targets if n not in anchors(t)] == []
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda x: x.name)
+def test_the_training_commands_of_a_page_are_legal(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"^python train\.py (--config=[^#\n]*)", text, re.M):
+        path, *flags = shlex.split(line)
+        values = read(ROOT / path.removeprefix("--config="))
+        for flag in flags:
+            name, _, value = flag.removeprefix("--config.").partition("=")
+            if flag.startswith("--config."):
+                override(Trained, values, name, value)
+        convert(Trained, values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -63,9 +63,19 @@ def _export(flags: argparse.Namespace) -> str:
         dtype=flags.dtype,
         shard_bytes=flags.shard_bytes,
         files=files_of(tokenizer),
-        ids={"bos_token_id": tokenizer.bos, "eos_token_id": min(tokenizer.ends)},
+        ids=_special_ids(tokenizer),
     )
     return f"{flags.out}: {FAMILIES[flags.family].architecture}"
+
+
+def _special_ids(tokenizer: Any) -> dict[str, Any]:
+    """Name what begins, fills and ends a text, all that end it; nothing that is not."""
+    ends = sorted(tokenizer.ends)
+    found = {
+        "bos_token_id": tokenizer.bos,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+    }
+    return {name: given for name, given in found.items() if given is not None}
 
 
 COMMANDS = {"inspect": _inspect, "import": _import, "export": _export}

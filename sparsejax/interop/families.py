@@ -188,6 +188,8 @@ FAMILIES: dict[str, Family] = {
             },
             Windows("listed", size=128, alternate=True),
             theta=150_000.0,
+            # The published file says the first twice; the second is the yarn's.
+            idle=("experts_per_token", "initial_context_length"),
             scaling={
                 "rope_type": "yarn",
                 "factor": 32.0,

@@ -5,6 +5,7 @@ and takes prompts of different lengths.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -86,10 +87,10 @@ def generate(
 
 
 def _check_drawing(temperature: float, top_p: float) -> None:
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature={temperature}, top_p={top_p}: temperature must not be"
-            " negative and top_p must be in (0, 1]"
+            " negative or infinite, and top_p must be in (0, 1]"
         )
 
 

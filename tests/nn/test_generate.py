@@ -63,7 +63,10 @@ def test_draws_follow_the_probabilities():
     np.testing.assert_allclose(share, [0.7, 0.2, 0.1], atol=4 * 0.5 / 4000**0.5)
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}],
+)
 def test_impossible_options_are_refused(model, options):
     with pytest.raises(ValueError, match="temperature must not be negative"):
         generate(

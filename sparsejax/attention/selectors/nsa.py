@@ -119,16 +119,13 @@ def nsa(
     ends = np.minimum(m + options.length, block + block_kv)
     shared = np.maximum(0, ends - np.maximum(m, block)) / options.stride
     grouped = q.astype("float32").reshape(b, t, k.shape[2], -1, c)
-
     products = jnp.einsum("btgrc,bmgc->bgrtm", grouped, k.astype("float32"))
     logits = Score(c**-0.5, softcap).logits(products)
     lse = lse.reshape(b, k.shape[2], -1, t, 1)
     i = place.positions(t)
     seen = m.T + options.length - 1 <= i[:, None]
     seen = seen[None, None, None] & jnp.isfinite(lse)
-    if place.segments is not None:
-        mine, of = place.segments.q[..., None], documents(place, k.shape[1], options)
-        seen = seen & ((mine == of[:, None]) & (mine != 0))[:, None, None]
+    seen = seen & _own_document(place, k.shape[1], options)
     mass = jnp.where(seen, jnp.exp(jnp.where(seen, logits - lse, 0)), 0)
     scores = jnp.einsum("bgrtm,mj->bgtj", mass, jnp.asarray(shared, "float32"))
     block = jnp.arange(columns, dtype="int32")[None, None, None]
@@ -143,6 +140,14 @@ def nsa(
         block_kv=block_kv,
         place=place,
     )
+
+
+def _own_document(place: Place, keys: int, options: NSAOptions) -> Array | bool:
+    """Whether a compressed key is all of the query's document, "b 1 1 t m"."""
+    if place.segments is None:
+        return True
+    own, of = place.segments.q[..., None], documents(place, keys, options)
+    return ((own == of[:, None]) & (own != 0))[:, None, None]
 
 
 def documents(place: Place, keys: int, options: NSAOptions) -> Int[Array, "b m"]:

@@ -30,6 +30,11 @@ __all__ = [
 ]
 
 
+def _check_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"{name}={value}: must be positive")
+
+
 def sinkhorn(
     scores: Float[Array, "n e"],
     *,
@@ -48,8 +53,7 @@ def sinkhorn(
 
     Source: Cuturi 2013, arXiv:1306.0895, Alg. 1.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature={temperature}: must be positive")
+    _check_positive("temperature", temperature)
     live = jnp.ones(scores.shape[0], bool) if valid is None else valid
     share = jnp.maximum(live.sum(), 1).astype(jnp.float32) / scores.shape[1]
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32)) / temperature
@@ -176,8 +180,7 @@ def auction(
 
     Source: Lewis et al. 2021, arXiv:2103.16716, Sec. 3.1.
     """
-    if precision <= 0:
-        raise ValueError(f"precision={precision}: must be positive")
+    _check_positive("precision", precision)
     tokens, experts = scores.shape
     live = jnp.ones(tokens, bool) if valid is None else valid
     scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
