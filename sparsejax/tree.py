@@ -4,7 +4,8 @@ A path is written ``stacks/0/0/attention/query``: names joined by slashes, the w
 configs, checkpoints, error messages and metrics all spell it.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,6 +26,15 @@ def path_name(path: tuple[Any, ...]) -> str:
     return "/".join(
         str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in keys
     )
+
+
+def longest_match(table: Mapping[str, float], path: str, otherwise: float) -> float:
+    """Give what a table has for the longest of its regexes that a path matches.
+
+    Not for the first: a ``ConfigDict`` sorts its keys.
+    """
+    found = [pattern for pattern in table if re.search(pattern, path)]
+    return table[max(found, key=len)] if found else otherwise
 
 
 def leaves(tree: PyTree) -> dict[str, Any]:

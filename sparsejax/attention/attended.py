@@ -31,20 +31,19 @@ class Segments(NamedTuple):
 def join_sinks(attended: Attended, sinks: Float[Array, " h"]) -> Attended:
     """Let one more logit per head, with value zero, join a finished softmax."""
     lse = jnp.logaddexp(attended.lse, sinks.astype(attended.lse.dtype)[None, :, None])
-    seen = jnp.isfinite(lse)  # not if there is no key, and the sink is switched off
-    kept = jnp.where(seen, jnp.exp(attended.lse - jnp.where(seen, lse, 0)), 0)
-    kept = kept.mT[..., None]
     values = attended.values
-    return Attended((values * kept).astype(values.dtype), lse)
+    return Attended((values * _share(attended, lse)).astype(values.dtype), lse)
+
+
+def _share(part: Attended, lse: Float[Array, "b h t"]) -> Float[Array, "b t h 1"]:
+    """What a part counts for in a softmax over more; 0 where nothing is seen at all."""
+    seen = jnp.isfinite(lse)
+    share = jnp.where(seen, jnp.exp(part.lse - jnp.where(seen, lse, 0)), 0)
+    return share.mT[..., None]
 
 
 def merge(a: Attended, b: Attended) -> Attended:
     """Give what one softmax over the keys of both would give; they share no key."""
     lse = jnp.logaddexp(a.lse, b.lse)
-    seen = jnp.isfinite(lse)
-    values = sum(
-        jnp.where(seen, jnp.exp(x.lse - jnp.where(seen, lse, 0)), 0).mT[..., None]
-        * x.values.astype("float32")
-        for x in (a, b)
-    )
+    values = sum(_share(x, lse) * x.values.astype("float32") for x in (a, b))
     return Attended(jnp.asarray(values).astype(a.values.dtype), lse)

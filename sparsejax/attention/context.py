@@ -169,6 +169,16 @@ def listed(mask: BlockMask, q: Float[Array, "b t h c"]) -> Float[Array, "b t h"]
     return jnp.broadcast_to(share.mT, q.shape[:3])
 
 
+def check_whole(tokens: int, width: int, name: str) -> None:
+    """Raise ``ValueError`` unless all devices along the sequence get whole blocks."""
+    parts = parts_of_context()
+    if parts > 1 and tokens % (parts * width):
+        raise ValueError(
+            f"{tokens} tokens in blocks of {width} do not divide over {parts} context"
+            f" devices; choose {name} so that each gets whole blocks"
+        )
+
+
 def parts_of_context() -> int:
     """Number of devices along the sequence."""
     if axis("context") is None:

@@ -161,8 +161,6 @@ class Attention(nnx.Module):
         q, k, v, recent = self._project(x, positions, segments, recent)
         context = given(self, x, positions, segments)
         if cache is not None:
-            if recent is not None and cache.recent is not None:
-                recent = recent.astype(cache.recent.dtype)
             cache, context = remembered(cache._replace(recent=recent), k, v, context)
             kept = cache.keys, cache.values
             k, v = (a.swapaxes(1, 2).astype(x.dtype) for a in kept if a is not None)
@@ -188,7 +186,7 @@ class Attention(nnx.Module):
                 recent = jnp.zeros_like(k, shape=(len(k), edge, *k.shape[2:]))
             line = jnp.concatenate([recent.astype(k.dtype), k], axis=1)
             k = key_conv(k, self.taps[...], before=recent, segments=segments)
-            recent = line[:, line.shape[1] - edge :]
+            recent = line[:, line.shape[1] - edge :].astype(recent.dtype)
         if self.config.qk_norm:
             epsilon = self.config.norm_epsilon
             q = head_norm(q, self.query_norm[...], epsilon=epsilon)

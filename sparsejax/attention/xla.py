@@ -47,12 +47,9 @@ def xla(
     if mask.q_len == 1 and mask.ids.shape[-1] == mask.grid.columns:
         more = {"segments": segments, "bias": bias}
         return reference(q, k, v, mask, scale=scale, softcap=softcap, **more)
-    known = mask
-    if segments is not None:
-        mask = restrict(mask, segments)
-    restricted, mask = mask, suited(mask)
-    if mask is not restricted:
-        known = mask
+    restricted = mask if segments is None else restrict(mask, segments)
+    suit = suited(restricted)
+    known, mask = mask if suit is restricted else suit, suit
     bias = None if bias is None else bias.mT[..., None]
     # Under a mesh: gradients of what was gathered are summed where it was gathered.
     q, k, v, bias = alike((q, k, v, bias), q, k, v, mask, segments, bias)

@@ -69,13 +69,11 @@ def _export(flags: argparse.Namespace) -> str:
 
 
 def _special_ids(tokenizer: Any) -> dict[str, Any]:
-    """Name what begins, fills and ends a text, all that end it; nothing that is not."""
-    ends = sorted(tokenizer.ends)
-    found = {
-        "bos_token_id": tokenizer.bos,
-        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-    }
-    return {name: given for name, given in found.items() if given is not None}
+    """Name what begins a text, and all that may end it, where there is any."""
+    found = {} if tokenizer.bos is None else {"bos_token_id": tokenizer.bos}
+    if ends := sorted(tokenizer.ends):
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    return found
 
 
 COMMANDS = {"inspect": _inspect, "import": _import, "export": _export}

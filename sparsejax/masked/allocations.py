@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from sparsejax.config import near
+from sparsejax.tree import longest_match
 
 __all__ = [
     "Layer",
@@ -113,12 +114,7 @@ def by_path(
     for pattern, given in densities.items():
         if not 0 < given <= 1:
             raise ValueError(f"densities[{pattern!r}]={given}: must be in (0, 1]")
-
-    def of(path: str) -> float:
-        found = [pattern for pattern in densities if re.search(pattern, path)]
-        return densities[max(found, key=len)] if found else density
-
-    return {path: of(path) for path in layers}
+    return {path: longest_match(densities, path, density) for path in layers}
 
 
 def global_(layers: Mapping[str, Layer], density: float) -> dict[str, float]:

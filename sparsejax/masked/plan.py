@@ -141,7 +141,7 @@ def targets(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
 
 
 def _initial(plan: MaskedConfig, initial: float, final: float) -> float:
-    """Where a path begins; one whose density is given, whatever the plan's, like it."""
+    """Give where a path begins; one that was given an end of its own, like the plan."""
     falls = plan.initial > plan.density
     return max(plan.initial if falls and initial == final else initial, final)
 

@@ -66,7 +66,7 @@ def finished_row(job: Job) -> dict[str, Any] | None:
         return None
     try:
         return _read(job)
-    except (ValueError, KeyError):
+    except ValueError:
         return None
 
 

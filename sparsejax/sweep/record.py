@@ -54,13 +54,16 @@ def read_row(workdir: Path, point: Point) -> dict[str, Any]:
     """Read what a finished run left.
 
     Raises:
-        ValueError: if it has not finished, or its files belong to another config.
+        ValueError: if it has not finished or has no held-out loss, or its files belong
+            to another config.
     """
     try:
         card = json.loads((workdir / "config.json").read_text())
         summary = json.loads((workdir / "summary.json").read_text())
     except OSError as error:
         raise ValueError(f"{workdir}: no finished run ({error})") from None
+    if "eval/loss" not in summary:
+        raise ValueError(f"{workdir}: summed up without held-out loss; run it again")
     if card["fingerprint"] != point.fingerprint:
         raise ValueError(
             f"{workdir}: holds the run {card['fingerprint']}, not {point.fingerprint}"

@@ -300,20 +300,11 @@ def _decay(config: OptimConfig) -> optax.GradientTransformation:
     )
 
 
-def rate_of(rates: Mapping[str, float], path: str) -> float:
-    """Give the rate of the longest pattern that a path matches; 1 if there is none.
-
-    Not of the first: a ``ConfigDict`` sorts its keys.
-    """
-    found = [pattern for pattern in rates if re.search(pattern, path)]
-    return rates[max(found, key=len)] if found else 1.0
-
-
 def _scale_by_path(rates: Mapping[str, float]) -> optax.GradientTransformation:
     """Multiply each update by the rate of its path."""
 
     def scaled(path: str, update: Array) -> Array:
-        return update * rate_of(rates, path)
+        return update * tree.longest_match(rates, path, 1.0)
 
     return optax.stateless(lambda updates, _: tree.map_with_path(scaled, updates))
 

@@ -22,8 +22,8 @@ from sparsejax.memory import lazy
 from sparsejax.memory.rows import Rows, row_gradient
 from sparsejax.memory.specific import most_specific, read_counts
 from sparsejax.memory.table import Sink, arm, is_table, reads, sink_of
-from sparsejax.train.optim import OptimConfig, make_schedule, rate_of
-from sparsejax.tree import path_name, variables
+from sparsejax.train.optim import OptimConfig, make_schedule
+from sparsejax.tree import longest_match, path_name, variables
 from sparsejax.typing import Array, Float, Int, PyTree
 
 __all__ = ["BothStates", "TableState", "Tables", "split"]
@@ -68,12 +68,14 @@ class Tables:
         self.rule = partial(lazy.RULES[config.tables], **config.table_arguments)
         self.schedule = make_schedule(config, steps)
         self.rows = config.table_rows
-        self.rates = {path: rate_of(config.rates, path) for path in found}
+        self.rates = {path: longest_match(config.rates, path, 1.0) for path in found}
         self.decays = {path: _decay(config, path) for path in found}
         self._check_decay(steps)
 
     def _check_decay(self, steps: int) -> None:
         """Refuse decay whose scalar would leave float32 before the run ends."""
+        if not any(self.decays.values()):
+            return
         sample = np.linspace(0, steps - 1, min(steps, 1000))
         with jax.ensure_compile_time_eval():
             mean = float(jnp.mean(jax.vmap(self.schedule)(jnp.asarray(sample))))

@@ -226,9 +226,7 @@ def _check_owner(path: Path, config: Mapping[str, Any], free: tuple[str, ...]) -
             f"{file}: not the config of a run; name another --workdir, or delete it"
         ) from None
     differences = _differences(before, json.loads(json.dumps(config)), free)
-    if differences and not left:
-        return True  # of a config that was refused before its first step
-    if differences:
+    if differences and left:
         more = len(differences) - NAMED
         tail = f" and {more} more" if more > 0 else ""
         raise ConfigError(
@@ -236,7 +234,7 @@ def _check_owner(path: Path, config: Mapping[str, Any], free: tuple[str, ...]) -
             f" {', '.join(differences[:NAMED])}{tail}; name another --workdir, or give"
             " these fields their values back"
         )
-    return False
+    return bool(differences)  # of a config that was refused before its first step
 
 
 def _differences(before: Any, now: Any, free: tuple[str, ...]) -> list[str]:

@@ -77,7 +77,7 @@ def test_rows_under_a_mesh_are_those_of_one_device():
     np.testing.assert_allclose(found[1][table], alone[1][table], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("rule", ["adagrad", "adam"])
+@pytest.mark.parametrize("rule", ["sgd", "adagrad", "adam"])
 def test_nothing_of_the_size_of_the_table_is_computed(rule):
     config = toy.toy(**PLAIN, optim=ROWS | {"tables": rule})
     _, state, train, _, mesh = toy.start(config, toy.one_device())

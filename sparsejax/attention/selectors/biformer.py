@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sparsejax.attention.context import Context, Mixed, Place, parts_of_context
+from sparsejax.attention.context import Context, Mixed, Place, check_whole
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.selection import best, region_means
 from sparsejax.attention.selectors.plain import Mixer, Sizes, Work
@@ -96,13 +96,8 @@ class BiFormer(Mixer):
     ) -> Mixed:
         """Attend, and add what the convolution sees around each token."""
         del x
-        block_kv, parts = min(context.config.block_kv, k.shape[1]), parts_of_context()
-        if parts > 1 and q.shape[1] % (parts * block_kv):
-            raise ValueError(
-                f"{q.shape[1]} tokens in regions of {block_kv} do not divide over"
-                f" {parts} context devices; choose block_kv so that each gets whole"
-                " regions"
-            )
+        block_kv = min(context.config.block_kv, k.shape[1])
+        check_whole(q.shape[1], block_kv, "block_kv")
         select = functools.partial(biformer, block_kv=block_kv, top=self.options.top)
         mixed = context.attend(q, k, v, select)
         edge = self.options.taps // 2

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from sparsejax.attention.context import Context, Mixed, Place, parts_of_context
+from sparsejax.attention.context import Context, Mixed, Place, check_whole
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.patterns import full
 from sparsejax.partition import axis
@@ -136,13 +136,9 @@ def pattern_mask(context: Context, t: int, s: int) -> BlockMask:
     Raises:
         ValueError: if the queries do not.
     """
-    config, parts = context.config, parts_of_context()
+    config = context.config
     block_q = min(config.block_q, t)
-    if t % (parts * block_q) and parts > 1:
-        raise ValueError(
-            f"{t} tokens in blocks of {block_q} do not divide over {parts} context"
-            " devices; choose block_q so that each gets whole blocks"
-        )
+    check_whole(t, block_q, "block_q")
     mask = BlockMask.from_pattern(
         config.build(),
         q_len=t,
@@ -151,5 +147,6 @@ def pattern_mask(context: Context, t: int, s: int) -> BlockMask:
         block_kv=min(config.block_kv, s),
         q_offset=context.q_offset,
     )
-    uncut = parts == 1 and (axis("tensor") is None or mask.ids.shape[1] == 1)
-    return mask if uncut else jax.tree.map(jnp.asarray, mask)
+    by_head = axis("tensor") is not None and mask.ids.shape[1] > 1
+    cut = axis("context") is not None or by_head
+    return jax.tree.map(jnp.asarray, mask) if cut else mask
