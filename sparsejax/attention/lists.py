@@ -226,6 +226,11 @@ def is_traced(x: Any) -> bool:
 
 def check_blocks(ids: Any, count: Any, grid: Grid) -> None:
     """Raise ValueError where lists name blocks that are not there, or one twice."""
+    if count.shape != ids.shape[:3]:
+        raise ValueError(
+            f"count of shape {count.shape}: must be {ids.shape[:3]}, one for each list"
+            f" of ids {ids.shape}"
+        )
     if ids.shape[2] != grid.rows:
         raise ValueError(
             f"ids of shape {ids.shape}: q_len={grid.q_len} in blocks of {grid.block_q}"

@@ -2,12 +2,12 @@
 
 No score matrix exists, the time follows the listed keys, and the backward pass adds dK
 and dV in place. (One query has a row of scores, and is best served with all keys where
-they lie.) Three paths, by the mask's blocks: usually every row has its list
-``walked``, some blocks at a step, with an online softmax. Where every query has a list
-of its own, ``key_major`` makes tiles of the queries that read the same block. Where
-blocks are single keys or nearly so, or the queries few, ``gathered`` fetches each row's
-keys. To fetch one costs as much as to see some twenty in a dense tile, so longer lists
-of single keys become tiles with elements.
+they lie; values that it does not see must be finite then.) Three paths, by the mask's
+blocks: usually every row has its list ``walked``, some blocks at a step, with an online
+softmax. Where every query has a list of its own, ``key_major`` makes tiles of the
+queries that read the same block. Where blocks are single keys or nearly so, or the
+queries few, ``gathered`` fetches each row's keys. To fetch one costs as much as to see
+some twenty in a dense tile, so longer lists of single keys become tiles with elements.
 """
 
 import functools

@@ -15,7 +15,7 @@ from sparsejax.attention import (
     causal,
     sliding_window,
 )
-from sparsejax.attention.lists import kind_map
+from sparsejax.attention.lists import check_blocks, kind_map
 from sparsejax.attention.restrict import restrict
 from tests.attention.test_patterns import EXAMPLES, expressions
 
@@ -286,6 +286,13 @@ def test_from_blocks_names_what_is_wrong(change, words):
     BlockMask.from_blocks(**given_values)
     with pytest.raises(ValueError, match=words):
         BlockMask.from_blocks(**given_values | change)
+
+
+def test_a_count_for_other_lists_is_named():
+    """By the check itself: the types of these tests stop it before ``from_blocks``."""
+    ids, count = np.zeros((2, 2, 6, 1), "int32"), np.ones((1, 1, 6), "int32")
+    with pytest.raises(ValueError, match=r"\(1, 1, 6\): must be \(2, 2, 6\)"):
+        check_blocks(ids, count, BlockMask.from_pattern(causal(), **SIZES).grid)
 
 
 def test_the_other_constructors_name_what_is_wrong():
