@@ -8,6 +8,9 @@ and heads are cut as the mesh asks, queries stay where they are along the mesh a
 ``context``, and keys are gathered; ``Place`` says where the queries stand. What later
 tokens need of earlier ones besides keys and values it gives as ``features(x,
 positions)``, a dict of arrays "b t …"; ``context.features`` has them for all tokens.
+What it makes of stretches of keys, of ``length`` each and ``stride`` apart as its
+``stretch`` says, it gives as ``summaries(k, features)``, "b m …"; in front of a cache
+they are kept, and ``context.summaries`` has those of all stretches that are complete.
 """
 
 from collections.abc import Callable
@@ -80,6 +83,7 @@ class Context(NamedTuple):
     segments: Segments | None = None
     q_offset: Any = 0
     features: dict[str, Array] = {}  # noqa: RUF012  what the mixer asked to keep, "b s …"
+    summaries: dict[str, Array] = {}  # noqa: RUF012  of stretches, if there is a cache
     cached: bool = False
     scale: float | None = None  # of the products; None for the keys' width ** -0.5
     keys: str = "b s g c"  # axes of keys and values; "b s 1 c" if heads share them

@@ -134,11 +134,12 @@ class LatentAttention(nnx.Module):
         q, keys = self._queries(x, positions), self._keys(x, positions)
         context = given(self, x, positions, segments)._replace(scale=self.scale)
         if cache is not None:
-            cache, context = remembered(cache, keys, None, context)
+            cache, context = remembered(self.mixer, cache, keys, None, context)
             keys = cache.keys.swapaxes(1, 2).astype(x.dtype)
         up = self.up[...].astype(x.dtype)
         if cache is None or not self.absorbs(x.shape[1]):
             k, v = expand(keys, up, plain=plain)
+            context = context._replace(summaries={})  # they are not of these keys
             return written(self, self.mixer(q, k, v, x, context), cache), cache
         q, context = absorb(q, up, plain=plain), context._replace(keys="b s 1 c")
         mixed = self.mixer(q, keys, keys, x, context)

@@ -47,6 +47,7 @@ class Cache(NamedTuple):
     values: Float[Array, "b g s c"] | None
     length: Int[Array, ""]  # how many are filled
     features: dict[str, Array] = {}  # noqa: RUF012  what the mixer keeps, "b s …"
+    summaries: dict[str, Array] = {}  # noqa: RUF012  and makes of stretches, "b m …"
     recent: Any = None  # raw keys "b w g c" that a convolution still needs
 
     @classmethod
@@ -57,8 +58,9 @@ class Cache(NamedTuple):
 
         A multiple of the layer's ``block_kv`` spares a copy at every step.
         """
-        zeros = jnp.zeros((batch, kv_heads, capacity, head_width), dtype)
-        return cls(zeros, zeros, jnp.zeros((), "int32"))
+        shape = batch, kv_heads, capacity, head_width
+        keys, values = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return cls(keys, values, jnp.zeros((), "int32"))  # each can be donated
 
     def extended(
         self, keys: Array, values: Array | None, features: dict[str, Array]
@@ -68,7 +70,8 @@ class Cache(NamedTuple):
         def put(axis: int, old: Array, fresh: Array) -> Array:
             fresh = fresh.astype(old.dtype)
             place = jax.lax.dynamic_update_slice_in_dim
-            return place(old, fresh, self.length, axis=axis)
+            longer = place(old, fresh, self.length, axis=axis)
+            return jax.lax.optimization_barrier(longer)  # else each reader's own copy
 
         tokens = keys.shape[1]
         keys = put(2, self.keys, keys.swapaxes(1, 2))
@@ -161,7 +164,8 @@ class Attention(nnx.Module):
         q, k, v, recent = self._project(x, positions, segments, recent)
         context = given(self, x, positions, segments)
         if cache is not None:
-            cache, context = remembered(cache._replace(recent=recent), k, v, context)
+            cache = cache._replace(recent=recent)
+            cache, context = remembered(self.mixer, cache, k, v, context)
             kept = cache.keys, cache.values
             k, v = (a.swapaxes(1, 2).astype(x.dtype) for a in kept if a is not None)
         return written(self, self.mixer(q, k, v, x, context), cache), cache
@@ -213,7 +217,7 @@ def given(
 
 
 def remembered(
-    cache: Cache, keys: Array, values: Array | None, context: Context
+    mixer: Any, cache: Cache, keys: Array, values: Array | None, context: Context
 ) -> tuple[Cache, Context]:
     """Add tokens, "b t g c", to a cache, and let the mixer read all that it holds.
 
@@ -222,10 +226,41 @@ def remembered(
     """
     _check_cache(cache, keys.shape[1], context)
     longer = cache.extended(keys, values, context.features)
+    longer = _summed_up(mixer, longer, keys.shape[1])
     context = context._replace(
-        q_offset=cache.length, features=longer.features, cached=True
+        q_offset=cache.length,
+        features=longer.features,
+        summaries=longer.summaries,
+        cached=True,
     )
     return longer, context
+
+
+def _summed_up(mixer: Any, cache: Cache, fresh: int) -> Cache:
+    """Summarise the stretches that end in the last ``fresh`` tokens of a cache."""
+    capacity = cache.keys.shape[2]
+    stretch = mixer.stretch(capacity)
+    there = stretch.number(capacity)
+    if not cache.summaries or not there:
+        return cache
+    length, stride = stretch
+    count = min(there, -(-fresh // stride))
+    first = (cache.length - fresh - length) // stride + 1
+    first = jnp.clip(first, 0, there - count)  # some may be done again
+
+    def cut(x: Array, axis: int) -> Array:
+        size = (count - 1) * stride + length
+        return jax.lax.dynamic_slice_in_dim(x, first * stride, size, axis)
+
+    keys = cut(cache.keys, 2).swapaxes(1, 2)
+    found = mixer.summaries(keys, {n: cut(x, 1) for n, x in cache.features.items()})
+    put = jax.lax.dynamic_update_slice_in_dim
+    done = jax.tree.map(
+        lambda old, new: put(old, new.astype(old.dtype), first, axis=1),
+        cache.summaries,
+        found,
+    )
+    return cache._replace(summaries=done)
 
 
 def written(layer: Any, mixed: Mixed, cache: Cache | None) -> Output:
@@ -244,23 +279,26 @@ def empty_cache(
     config: AttentionConfig, sizes: Sizes, batch: int, capacity: int, *, dtype: Any
 ) -> Cache:
     """Give a cache with room for ``capacity`` tokens and what the mixer keeps."""
+    heads, c = sizes.kv_heads, sizes.head_width
+    if config.latent is not None:
+        heads, c = 1, config.latent.kv_rank + config.latent.rotated_width
+    cache = Cache.empty(batch, capacity, heads, c, dtype=dtype)
+    if config.latent is not None:
+        cache = cache._replace(values=None)
 
-    def features() -> dict[str, Array]:
+    def asides() -> dict[str, dict[str, Array]]:
         mixer = mixer_of(config, sizes, rngs=nnx.Rngs(0))
         x = jnp.zeros((batch, capacity, sizes.width), dtype)
-        return mixer.features(x, jnp.zeros(x.shape[:2], "int32"))
+        features = mixer.features(x, jnp.zeros(x.shape[:2], "int32"))
+        summaries = mixer.summaries(cache.keys.swapaxes(1, 2), features)
+        return {"features": features, "summaries": summaries}
 
-    kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(features))
-    if config.latent is not None:
-        c = config.latent.kv_rank + config.latent.rotated_width
-        cache = Cache.empty(batch, capacity, 1, c, dtype=dtype)
-        return cache._replace(values=None, features=kept)
-    c = sizes.head_width
-    cache = Cache.empty(batch, capacity, sizes.kv_heads, c, dtype=dtype)
-    edge = max(0, config.key_conv - 1)
-    recent = jnp.zeros((batch, edge, sizes.kv_heads, c), dtype)
-    recent = recent if config.key_conv else None
-    return cache._replace(features=kept, recent=recent)
+    shapes = jax.eval_shape(asides)
+    kept = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    if config.key_conv:
+        recent = jnp.zeros((batch, config.key_conv - 1, heads, c), dtype)
+        cache = cache._replace(recent=recent)
+    return cache._replace(**kept)
 
 
 def mixer_of(config: AttentionConfig, sizes: Sizes, *, rngs: nnx.Rngs) -> Any:

@@ -127,6 +127,17 @@ def of_pattern(pattern: Pattern, grid: Grid, q_offset: int) -> Lists:
     return stack_lists(chunks, np.concatenate)
 
 
+def most(pattern: Pattern, grid: Grid) -> int:
+    """Bound the live blocks of a row, wherever among the keys or behind they begin."""
+    first = np.arange(2 * grid.kv_len)
+    blocks = np.zeros(first.shape, np.int64)
+    for span in pattern.reads(Span(first, first + grid.block_q - 1)):
+        low, high = np.maximum(span.first, 0), np.minimum(span.last, 2 * grid.kv_len)
+        touched = (high - low) // grid.block_kv + 2  # wherever an interval begins
+        blocks += np.where(high >= low, touched, 0)
+    return max(1, min(int(blocks.max()), grid.columns))
+
+
 def _chunk(pattern, grid, q_offset, rows, lows, widths) -> Lists:
     """Judge the candidate blocks of some rows; a block found twice counts once."""
     found = [np.full((len(rows), 1), grid.columns)]

@@ -80,8 +80,8 @@ class BlockMask:
     ) -> "BlockMask":
         """Build the mask of a pattern, or of a tuple with one pattern for each head.
 
-        A static offset gives exact numpy tables; a traced one gives tables as wide as
-        the keys, meant for the few queries of cached decoding.
+        A static offset gives exact numpy tables; a traced one gives tables wide enough
+        for any, meant for the few queries of cached decoding.
 
         Raises:
             ValueError: if a length or block is not positive, or the tuple is empty.
@@ -99,6 +99,8 @@ class BlockMask:
             column = jnp.arange(grid.columns, dtype="int32")[None]
             kinds = [grid.kinds(p, row, column, q_offset) for p in distinct]
             table = ls.ordered(jnp.stack(kinds))
+            width = max(ls.most(p, grid) for p in distinct)
+            table = table._replace(ids=table.ids[..., :width])
         choice = np.asarray([distinct.index(p) for p in each], "int32")
         table = ls.Lists(*[x[choice][None] for x in table])
         return cls(

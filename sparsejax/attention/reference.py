@@ -42,5 +42,5 @@ def reference(
     total = weights.sum(axis=-1, keepdims=True)
     lse = jnp.where(seen, top + jnp.log(jnp.where(seen, total, 1)), -jnp.inf)[..., 0]
     weights = (weights / jnp.where(seen, total, 1)).reshape(b, k.shape[2], -1, t, s)
-    values = jnp.einsum("bgrts,bsgc->btgrc", weights, v.astype(wide))
-    return Attended(values.reshape(b, t, h, -1), lse)
+    values = jnp.einsum("bgrts,bsgc->bgrtc", weights, v.astype(wide))
+    return Attended(jnp.moveaxis(values.reshape(b, h, t, -1), 1, 2), lse)

@@ -1,13 +1,14 @@
 """Attention over live blocks in plain XLA, written to be fast on a CPU.
 
 No score matrix exists, the time follows the listed keys, and the backward pass adds dK
-and dV in place. (One query has a row of scores, and is best served with all keys where
-they lie; values that it does not see must be finite then.) Three paths, by the mask's
-blocks: usually every row has its list ``walked``, some blocks at a step, with an online
-softmax. Where every query has a list of its own, ``key_major`` makes tiles of the
-queries that read the same block. Where blocks are single keys or nearly so, or the
-queries few, ``gathered`` fetches each row's keys. To fetch one costs as much as to see
-some twenty in a dense tile, so longer lists of single keys become tiles with elements.
+and dV in place. (One query has a row of scores, and unless its list is short it is best
+served with all keys where they lie; values that it does not see must be finite then.)
+Three paths, by the mask's blocks: usually every row has its list ``walked``, some
+blocks at a step, with an online softmax. Where every query has a list of its own,
+``key_major`` makes tiles of the queries that read the same block. Where blocks are
+single keys or nearly so, or the queries few, ``gathered`` fetches each row's keys. To
+fetch one costs as much as to see some twenty in a dense tile, so longer lists of single
+keys become tiles with elements.
 """
 
 import functools
@@ -27,6 +28,7 @@ from sparsejax.typing import Array, Float
 __all__ = ["xla"]
 
 SMALL_Q, SMALL_KV = 8, 16  # blocks below these are gathered, not walked
+NEARLY = 3  # part of the keys from which one query reads all sooner than its own
 FETCH = 16  # keys of a dense tile that cost as much as one that is fetched
 TILE = 128
 ELEMENTS = 2**29  # bytes that the rule of such tiles may take
@@ -44,7 +46,7 @@ def xla(
     bias: Float[Array, "b g s"] | None = None,
 ) -> Attended:
     """Softmax over the live blocks; values come back in float32."""
-    if mask.q_len == 1 and mask.ids.shape[-1] == mask.grid.columns:
+    if mask.q_len == 1 and NEARLY * mask.ids.shape[-1] >= mask.grid.columns:
         more = {"segments": segments, "bias": bias}
         return reference(q, k, v, mask, scale=scale, softcap=softcap, **more)
     restricted = mask if segments is None else restrict(mask, segments)

@@ -14,7 +14,9 @@ from sparsejax.attention import (
     block_sparse_attention,
     causal,
     sliding_window,
+    streaming_llm,
 )
+from sparsejax.attention import lists as ls
 from sparsejax.attention.lists import check_blocks, kind_map
 from sparsejax.attention.restrict import restrict
 from tests.attention.test_patterns import EXAMPLES, expressions
@@ -75,7 +77,23 @@ def test_a_traced_offset_gives_the_same_mask_as_a_static_one(name):
     check_lists(traced)
     np.testing.assert_array_equal(unfolded(static), unfolded(traced))
     np.testing.assert_array_equal(static.full, traced.full)
-    assert static.ids.shape[-1] <= traced.ids.shape[-1] == 5
+    assert static.ids.shape[-1] <= traced.ids.shape[-1] <= 5
+
+
+@given(pattern=expressions, offset=st.integers(0, 60))
+def test_a_table_for_any_offset_is_wide_enough_for_each(pattern, offset):
+    grid = ls.Grid(q_len=3, kv_len=27, block_q=1, block_kv=6)
+    assert ls.of_pattern(pattern, grid, offset).count.max() <= ls.most(pattern, grid)
+
+
+def test_a_window_has_short_tables_wherever_it_begins():
+    sizes = {"q_len": 1, "kv_len": 4096, "block_q": 1, "block_kv": 128}
+    window = sliding_window(256)
+    traced = BlockMask.from_pattern(window, **sizes, q_offset=jnp.int32(4000))
+    assert traced.ids.shape[-1] == 3
+    both = streaming_llm(4, 256)
+    traced = BlockMask.from_pattern(both, **sizes, q_offset=jnp.int32(4000))
+    assert traced.ids.shape[-1] <= 6
 
 
 @pytest.mark.parametrize("name", sorted(PATTERNS))

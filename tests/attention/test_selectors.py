@@ -99,6 +99,21 @@ def test_prefill_and_decode_equal_the_whole_forward(name, key):
         out, cache = run(model, x[:, start:stop], where, None, cache)
         parts.append(out.value)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, **CLOSE)
+    keys = cache.keys.swapaxes(1, 2)[:, :T]
+    features = {name: x[:, :T] for name, x in cache.features.items()}
+    again = model.mixer.summaries(keys, features)
+    complete = model.mixer.stretch(28).number(T)
+    kept = {name: x[:, :complete] for name, x in cache.summaries.items()}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **CLOSE), kept, again)
+
+
+def test_methods_that_sum_up_keep_it_in_front_of_a_cache():
+    sums = {
+        name
+        for name in CAUSAL
+        if empty_cache(config(name), SIZES, 1, 8, dtype="float32").summaries
+    }
+    assert sums == {"moba", "nsa"}
 
 
 @pytest.mark.few(3)

@@ -5,8 +5,8 @@ A selector is a pure function ``(q, k, *, place, block_kv, …) -> BlockMask`` o
 no key after a query's own, whether the keys are those of a sequence or of a partly
 filled cache: ``place.q_offset`` is the first query's position, and what lies past the
 last is not there. A method with parameters, losses, biases or branches is a mixer
-besides (``context.py`` has the contract); methods that are nothing but a selector share
-``Selecting``. A member is a file with both, and a row in each table below.
+besides (``context.py`` has the contract). A member is a file with both, and a row in
+each table below.
 """
 
 import functools
@@ -22,7 +22,7 @@ from sparsejax.attention.selectors.dma import DMA, DMAOptions, dma
 from sparsejax.attention.selectors.dsa import DSA, DSAOptions, dsa, dsa_select
 from sparsejax.attention.selectors.llsa import LLSA, LLSAOptions
 from sparsejax.attention.selectors.misa import MISAOptions, misa
-from sparsejax.attention.selectors.moba import MoBAOptions, moba
+from sparsejax.attention.selectors.moba import MoBA, MoBAOptions, moba
 from sparsejax.attention.selectors.nsa import NSA, NSAOptions, nsa
 from sparsejax.attention.selectors.persistent import (
     PersistentMemory,
@@ -31,7 +31,6 @@ from sparsejax.attention.selectors.persistent import (
 from sparsejax.attention.selectors.plain import (
     Method,
     Patterned,
-    Selecting,
     Sizes,
     Work,
 )
@@ -70,7 +69,7 @@ METHODS: dict[str, Method] = {
     "dsa": Method(DSAOptions, functools.partial(DSA, dsa_select), latent=True),
     "llsa": Method(LLSAOptions, LLSA, causal=False),
     "misa": Method(MISAOptions, functools.partial(DSA, misa), latent=True),
-    "moba": Method(MoBAOptions, functools.partial(Selecting, moba), latent=True),
+    "moba": Method(MoBAOptions, MoBA, latent=True),
     "nsa": Method(NSAOptions, NSA),
     "persistent_memory": Method(
         PersistentMemoryOptions, PersistentMemory, patterned=True

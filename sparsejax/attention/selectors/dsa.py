@@ -20,7 +20,7 @@ from sparsejax.attention.patterns import causal
 from sparsejax.attention.rope import rope
 from sparsejax.attention.rows import Score
 from sparsejax.attention.selection import best, in_chunks, visible_keys
-from sparsejax.attention.selectors.plain import Sizes, Work
+from sparsejax.attention.selectors.plain import Mixer, Sizes, Work
 from sparsejax.config import require
 from sparsejax.typing import Array, Float, Int
 
@@ -150,7 +150,7 @@ def divergence(
     return jnp.where(target > 0, target * (wanted - found), 0).sum(axis=-1)
 
 
-class DSA(nnx.Module):
+class DSA(Mixer):
     """Attention to the keys that ``select`` finds by an indexer's scores."""
 
     def __init__(

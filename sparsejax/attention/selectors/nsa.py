@@ -19,7 +19,7 @@ from sparsejax.attention.patterns import Cover, Pattern, Span, sliding_window
 from sparsejax.attention.rope import head_norm, rope
 from sparsejax.attention.rows import Score
 from sparsejax.attention.selection import choose, same_document
-from sparsejax.attention.selectors.plain import Sizes, Work
+from sparsejax.attention.selectors.plain import Mixer, Sizes, Stretch, Work
 from sparsejax.config import require
 from sparsejax.typing import Array, Float, Int
 
@@ -48,10 +48,6 @@ class NSAOptions:
         require(self.top >= forced, "top", self.top, rule)
         rule = f"must be a multiple of stride={self.stride}"
         require(self.length % self.stride == 0, "length", self.length, rule)
-
-    def compressed(self, keys: int) -> int:
-        """Number of compressed keys."""
-        return max(0, (keys - self.length) // self.stride + 1)
 
     def work(self, tokens: int, block_kv: int, sizes: Sizes) -> Work:
         """Count the pairs of the three branches; choosing reads the first one's."""
@@ -159,7 +155,7 @@ def documents(place: Place, keys: int, options: NSAOptions) -> Int[Array, "b m"]
     return jnp.where(same, parts[..., 0], 0)
 
 
-class NSA(nnx.Module):
+class NSA(Mixer):
     """Three branches of attention and the gates that mix them.
 
     The selected branch has the layer's keys and values; the others have their own.
@@ -206,13 +202,28 @@ class NSA(nnx.Module):
         kept = {f"{n}_keys": k for n, k in zip(names, keys, strict=True)}
         return kept | {f"{n}_values": v for n, v in zip(names, values, strict=True)}
 
-    def compressed(
+    def stretch(self, keys: int) -> Stretch:
+        """Give the keys that one compressed key stands for."""
+        del keys
+        return Stretch(self.options.length, self.options.stride)
+
+    def summaries(
+        self, k: Float[Array, "b s g c"], features: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Compress keys and values of the first branch."""
+        del k
+        return {
+            name: self._compressed(features[f"compressed_{name}"], which)
+            for which, name in enumerate(("keys", "values"))
+        }
+
+    def _compressed(
         self, x: Float[Array, "b s g c"], which: int
     ) -> Float[Array, "b m g c"]:
         """Let one vector stand for the keys (0) or values (1) of a stretch."""
-        options = self.options
-        starts = np.arange(options.compressed(x.shape[1])) * options.stride
-        parts = x[:, starts[:, None] + np.arange(options.length)[None]]
+        stretch = self.stretch(x.shape[1])
+        starts = np.arange(stretch.number(x.shape[1])) * stretch.stride
+        parts = x[:, starts[:, None] + np.arange(stretch.length)[None]]
         place, inner, outer = (
             p[...][which].astype(x.dtype) for p in (self.place, self.inner, self.outer)
         )
@@ -230,10 +241,8 @@ class NSA(nnx.Module):
     ) -> Mixed:
         """Attend in three ways and mix them by gates."""
         kept = {n: a.astype(x.dtype) for n, a in context.features.items()}
-        behind = [
-            self.compressed(kept[f"compressed_{name}"], which)
-            for which, name in enumerate(("keys", "values"))
-        ]
+        behind = context.summaries or self.summaries(k, kept)
+        behind = [behind[name].astype(x.dtype) for name in ("keys", "values")]
         arrays = q, *behind, k, v, kept["near_keys"], kept["near_values"]
 
         def local(place: Place, q: Array, *rest: Any) -> Any:

@@ -1,7 +1,5 @@
-"""The two mixers that most methods need: a fixed pattern, and a pure selector."""
+"""What methods share: how configs know them, a mixer's rules, and a pattern's mixer."""
 
-import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,7 +14,7 @@ from sparsejax.attention.patterns import full
 from sparsejax.partition import axis
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["Method", "Mixer", "Patterned", "Selecting", "Sizes", "Work"]
+__all__ = ["Method", "Mixer", "Patterned", "Sizes", "Stretch", "Work"]
 
 
 class Sizes(NamedTuple):
@@ -49,8 +47,30 @@ class Method(NamedTuple):
     latent: bool = False  # whether it chooses alike by keys that all heads share
 
 
+class Stretch(NamedTuple):
+    """Stretches of keys: stretch ``m`` is ``length`` keys from ``m * stride`` on."""
+
+    length: int
+    stride: int
+
+    def number(self, keys: int) -> int:
+        """How many there are of so many keys, whole ones."""
+        return max(0, (keys - self.length) // self.stride + 1)
+
+
 class Mixer(nnx.Module):
     """A mixer that needs nothing of earlier tokens besides keys and values."""
+
+    def stretch(self, keys: int) -> Stretch:
+        """What one summary stands for, where there is room for so many keys."""
+        return Stretch(keys, keys)
+
+    def summaries(
+        self, k: Float[Array, "b s g c"], features: dict[str, Array]
+    ) -> dict[str, Array]:
+        """Make nothing of stretches."""
+        del k, features
+        return {}
 
     def features(
         self, x: Float[Array, "b t d"], positions: Int[Array, "b t"]
@@ -89,36 +109,6 @@ class Patterned(Mixer):
 
         mixed = context.attend(q, k, v, local, mask, axes=(mask.axes(),))
         return mixed._replace(metrics={})
-
-
-class Selecting(Mixer):
-    """The mixer of a selector without parameters; its options are keywords."""
-
-    def __init__(
-        self,
-        select: Callable[..., BlockMask],
-        config: Any,
-        sizes: Sizes,
-        *,
-        rngs: nnx.Rngs,
-    ) -> None:
-        del sizes, rngs
-        self.select, self.options = select, config.options
-
-    def __call__(
-        self,
-        q: Float[Array, "b t h c"],
-        k: Float[Array, "b s g c"],
-        v: Float[Array, "b s g _"],
-        x: Float[Array, "b t d"],
-        context: Context,
-    ) -> Mixed:
-        """Attend where the selector lets each query."""
-        del x
-        options = dataclasses.asdict(self.options)
-        block_kv = min(context.config.block_kv, k.shape[1])
-        select = functools.partial(self.select, block_kv=block_kv, **options)
-        return context.attend(q, k, v, select)
 
 
 def everything(context: Context, t: int, s: int) -> BlockMask:
