@@ -95,12 +95,17 @@ def rows_of(*, slots: int, targets: int, factor: float, rounding: str = "up") ->
     return max(1, min(slots, ROUNDINGS[rounding](share)))
 
 
-def by_position(weights: Float[Array, "n k"]) -> None:
+def by_position(
+    chosen: Int[Array, "n k"], weights: Float[Array, "n k"], targets: int
+) -> Int[Array, "n k"]:
     """First choices before second ones, and then earlier tokens before later ones."""
     del weights
+    return ranks(sort(chosen, targets)).reshape(chosen.T.shape).T
 
 
-def by_score(weights: Float[Array, "n k"]) -> Int[Array, " n"]:
+def by_score(
+    chosen: Int[Array, "n k"], weights: Float[Array, "n k"], targets: int
+) -> Int[Array, "n k"]:
     """First choices before second ones, and then surer tokens before less sure ones.
 
     A token is as sure as the largest of its weights; ties go to the earlier token.
@@ -108,13 +113,24 @@ def by_score(weights: Float[Array, "n k"]) -> Int[Array, " n"]:
     Source: Riquelme et al. 2021, arXiv:2106.05974, Sec. 4.1.
     """
     score = jax.lax.stop_gradient(weights).max(axis=1)
-    return jnp.argsort(-score, stable=True).astype(jnp.int32)
+    first = jnp.argsort(-score, stable=True).astype(jnp.int32)
+    rank = by_position(chosen[first], weights, targets)
+    return jnp.zeros_like(rank).at[first].set(rank, unique_indices=True)
 
 
-# Give the tokens in the order in which they are served; None is the order they are in.
-PRIORITIES: dict[str, Callable[[Array], Array | None]] = {
+def by_token(
+    chosen: Int[Array, "n k"], weights: Float[Array, "n k"], targets: int
+) -> Int[Array, "n k"]:
+    """Earlier tokens, with all their choices, before later ones: none looks ahead."""
+    del weights
+    return ranks(sort(chosen.reshape(-1, 1), targets)).reshape(chosen.shape)
+
+
+# Count, for each slot, the slots with the same target that are served before it.
+PRIORITIES: dict[str, Callable[[Array, Array, int], Array]] = {
     "position": by_position,
     "score": by_score,
+    "token": by_token,
 }
 
 
@@ -132,13 +148,7 @@ def arrivals(
         priority: a name of ``PRIORITIES``.
     """
     _known("priority", priority, PRIORITIES)
-    first = PRIORITIES[priority](weights)
-    if first is not None:
-        chosen = chosen[first]
-    rank = ranks(sort(chosen, targets)).reshape(chosen.T.shape).T
-    if first is None:
-        return rank
-    return jnp.zeros_like(rank).at[first].set(rank, unique_indices=True)
+    return PRIORITIES[priority](chosen, weights, targets)
 
 
 def limited(routing: Routing, capacity: int, *, priority: str = "position") -> Routing:

@@ -151,17 +151,8 @@ class MoEConfig:
             fits = type(value) is kind or (kind is float and type(value) is int)
             require(fits, path, value, f"expected {kind.__name__}")
 
-        def shapes(scores: Array) -> Routing:
-            one = jnp.zeros(1, jnp.int32)
-            context = dict.fromkeys(("tokens", "previous", "positions", "table"), one)
-            context |= {"valid": jnp.ones(1, bool), "batch": 1, "noise": scores}
-            context |= {"penalty": jnp.zeros(()), "key": jax.random.key(0)}
-            context |= dict.fromkeys(("bias", "gain"), jnp.zeros(self.experts))
-            return self.route(scores, context)
-
-        # Only shapes: processes have to meet before any of them touches a device.
         try:
-            jax.eval_shape(shapes, jax.ShapeDtypeStruct((1, self.experts), "float32"))
+            self._routed()
         except ValueError as error:
             raise FieldError(f"router={self.router!r}: {error}") from None
 
@@ -210,6 +201,26 @@ class MoEConfig:
         """What the router reads of the layer: names in ``SOURCES``, scores first."""
         first, needs = self.score_source, accepts(ROUTERS[self.router])
         return [first, *sorted(needs & SOURCES.keys() - {first})]
+
+    @property
+    def slots(self) -> int:
+        """How many experts a token may visit: some routers leave the number open."""
+        return self._routed().experts.shape[1]
+
+    def _routed(self) -> Routing:
+        """Give the shapes of one token's routing."""
+
+        def shapes(scores: Array) -> Routing:
+            one = jnp.zeros(1, jnp.int32)
+            context = dict.fromkeys(("tokens", "previous", "positions", "table"), one)
+            context |= {"valid": jnp.ones(1, bool), "batch": 1, "noise": scores}
+            context |= {"penalty": jnp.zeros(()), "key": jax.random.key(0)}
+            context |= dict.fromkeys(("bias", "gain"), jnp.zeros(self.experts))
+            return self.route(scores, context)
+
+        # Only shapes: processes have to meet before any of them touches a device.
+        scores = jax.ShapeDtypeStruct((1, self.experts), "float32")
+        return jax.eval_shape(shapes, scores)
 
     @property
     def leak(self) -> str | None:

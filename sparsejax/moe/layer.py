@@ -26,11 +26,19 @@ from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 __all__ = ["MoE"]
 
 
+class _Asked(NamedTuple):
+    """What a round of choosing experts is about, and what was chosen."""
+
+    rows: Float[Array, "n d"]
+    going: Bool[Array, " n"] | None  # False for tokens that do not ask
+    scores: Float[Array, "n e"]
+    routing: Routing
+
+
 class _Visit(NamedTuple):
     """One round of choosing experts and asking them."""
 
-    scores: Float[Array, "n e"]
-    routing: Routing
+    asked: _Asked
     mixed: Mixed
 
 
@@ -106,7 +114,7 @@ class MoE(nnx.Module):
         y = sum((visit.mixed.values for visit in visits[1:]), visits[0].mixed.values)
         if self.config.shared:
             y = y + self._shared(x)
-        return Output(y, *self._asides(x, visits, context["valid"]))
+        return Output(y, *self._asides(visits, context["valid"]))
 
     def _visits(
         self, x: Float[Array, "b t d"], context: dict[str, Any]
@@ -119,18 +127,22 @@ class MoE(nnx.Module):
         """
         found: list[_Visit] = []
         going, key = context["valid"], context["key"]
+        if going is None and self.config.hops > 1:
+            going = jnp.ones(x.shape[0] * x.shape[1], bool)
         for hop in range(self.config.hops):
             if found:
                 answer = found[-1].mixed.values
-                going = _still(x, answer, going, self.config.halt_below)
+                going = going & _moved(x, answer, self.config.halt_below)  # pyright: ignore
                 x = x + answer
                 key = None if key is None else jax.random.fold_in(key, hop)
-            scores, routing = self._route(x, context | {"key": key})
+            asking = {"valid": going, "key": key}
+            scores, routing = self._route(x, context | asking)
             if going is not None:
                 weights = jnp.where(going[:, None], routing.weights, 0)
                 routing = routing._replace(weights=weights)
             answers = mixed(x, routing, self._experts(), self.config)
-            found.append(_Visit(scores, routing, answers))
+            rows = x.reshape(-1, x.shape[-1])
+            found.append(_Visit(_Asked(rows, going, scores, routing), answers))
         return found
 
     def _route(
@@ -159,32 +171,28 @@ class MoE(nnx.Module):
         return partition.constrain(hidden, "b t f") @ down
 
     def _asides(
-        self,
-        x: Float[Array, "b t d"],
-        visits: list[_Visit],
-        valid: Bool[Array, " n"] | None,
+        self, visits: list[_Visit], valid: Bool[Array, " n"] | None
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         """Give the losses and metrics of all rounds together."""
         routing, kept, causes = _joined(visits)
+        rows, going, scores, each = _in_turn([visit.asked for visit in visits])
         losses = dict(routing.losses)
         learns, config = SOURCES[self.config.score_source].learns, self.config
         if config.balance_weight and learns:
-            balance = balance_loss(routing, valid=valid)
+            balance = balance_loss(each, valid=going)
             losses["balance"] = config.balance_weight * balance
         if config.z_weight and learns:
-            losses["z"] = config.z_weight * z_loss(visits[0].scores, valid=valid)
+            losses["z"] = config.z_weight * z_loss(scores, valid=going)
         measured = metrics(routing, kept, valid=valid)
-        z = z_loss(visits[0].scores, valid=valid)
+        z = z_loss(scores, valid=going)
         measured["router_z"] = jax.lax.stop_gradient(z)
         if kept is not None:
             measured |= drop_shares(routing, causes, valid=valid)
         measured["evidence/experts"] = routing.experts
         measured["evidence/weights"] = jax.lax.stop_gradient(routing.weights)
-        rows = x.reshape(-1, x.shape[-1])
         for name, state in STATES.items():
             if hasattr(self, name):
-                first = visits[0].routing
-                measured[f"evidence/{name}"] = state.evidence(rows, first, valid)
+                measured[f"evidence/{name}"] = state.evidence(rows, each, going)
         return losses, measured
 
 
@@ -194,28 +202,31 @@ def _biases(config: MoEConfig, width: int) -> list[tuple[str, str, int]]:
     return [("gate_bias", "e f", config.hidden), *found] if config.gated else found
 
 
-def _still(
-    x: Float[Array, "b t d"],
-    answer: Float[Array, "b t d"],
-    going: Bool[Array, " n"] | None,
-    halt_below: float,
-) -> Bool[Array, " n"] | None:
-    """Say which tokens go on: those whose answer was not short beside the question."""
-    if not halt_below:
-        return going
+def _moved(
+    x: Float[Array, "b t d"], answer: Float[Array, "b t d"], halt_below: float
+) -> Bool[Array, " n"]:
+    """Say which tokens got an answer that is not short beside the question."""
     asked, got = (
         jnp.linalg.norm(a.astype(jnp.float32), axis=-1).reshape(-1) for a in (x, answer)
     )
-    moves = jax.lax.stop_gradient(got >= halt_below * asked)
-    return moves if going is None else going & moves
+    return jax.lax.stop_gradient(got >= halt_below * asked)
+
+
+def _in_turn(rounds: list[_Asked]) -> _Asked:
+    """See a token that asks again as one more token."""
+    if len(rounds) == 1:
+        return rounds[0]
+    rounds = [r._replace(routing=r.routing._replace(losses={})) for r in rounds]
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *rounds)
 
 
 def _joined(
     visits: list[_Visit],
 ) -> tuple[Routing, Routing | None, Int[Array, "n k"]]:
     """See all rounds as one routing, what is left of it, and why the rest is not."""
+    routings = [visit.asked.routing for visit in visits]
     if len(visits) == 1:
-        return visits[0].routing, visits[0].mixed.kept, visits[0].mixed.causes
+        return routings[0], visits[0].mixed.kept, visits[0].mixed.causes
 
     def join(routings: list[Routing]) -> Routing:
         chosen = jnp.concatenate([r.experts for r in routings], axis=1)
@@ -227,4 +238,4 @@ def _joined(
     kept = [visit.mixed.kept for visit in visits]
     causes = jnp.concatenate([visit.mixed.causes for visit in visits], axis=1)
     whole = [k for k in kept if k is not None]
-    return join([v.routing for v in visits]), join(whole) if whole else None, causes
+    return join(routings), join(whole) if whole else None, causes

@@ -78,7 +78,7 @@ def traffic_of(
     moved = exchange_bytes(
         config.exchange,
         tokens=tokens,
-        per_token=config.per_token,
+        per_token=config.slots,
         width=width,
         devices=devices,
         dtype=dtype,

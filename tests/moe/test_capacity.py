@@ -20,13 +20,12 @@ def crowded():
     return Routing(chosen, weights, jnp.full((TOKENS, EXPERTS), 1 / EXPERTS), {})
 
 
-def kept_one_by_one(routing, capacity, tokens):
+def kept_one_by_one(routing, capacity, slots):
     left, kept = [capacity] * EXPERTS, np.zeros((TOKENS, K), bool)
-    for k in range(K):
-        for n in tokens:
-            if routing.weights[n, k]:
-                e = int(routing.experts[n, k])
-                kept[n, k], left[e] = left[e] > 0, left[e] - 1
+    for n, k in slots:
+        if routing.weights[n, k]:
+            e = int(routing.experts[n, k])
+            kept[n, k], left[e] = left[e] > 0, left[e] - 1
     return kept
 
 
@@ -35,10 +34,23 @@ def kept_one_by_one(routing, capacity, tokens):
 def test_a_limit_serves_visits_in_the_order_of_its_priority(priority, capacity):
     routing = crowded()
     score = np.asarray(routing.weights).max(axis=1)
-    order = {"position": range(TOKENS), "score": np.argsort(-score, kind="stable")}
+    surest = np.argsort(-score, kind="stable")
+    order = {
+        "position": [(n, k) for k in range(K) for n in range(TOKENS)],
+        "score": [(n, k) for k in range(K) for n in surest],
+        "token": [(n, k) for n in range(TOKENS) for k in range(K)],
+    }
     kept = limited(routing, capacity, priority=priority).weights != 0
     expected = kept_one_by_one(routing, capacity, order[priority])
     np.testing.assert_array_equal(kept, expected)
+
+
+def test_by_token_what_comes_later_changes_nothing():
+    routing = crowded()
+    changed = routing._replace(experts=routing.experts.at[TOKENS // 2 :].set(2))
+    both = [limited(r, 12, priority="token").weights for r in (routing, changed)]
+    np.testing.assert_array_equal(*(w[: TOKENS // 2] for w in both))
+    assert (both[0] != both[1]).any()
 
 
 def test_by_score_the_surest_tokens_stay_whatever_their_place():

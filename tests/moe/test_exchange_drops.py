@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.moe import drop_shares
+from sparsejax.moe import PRIORITIES, drop_shares
 from sparsejax.moe.capacity import Cause, rows_of
 from sparsejax.moe.ragged import grants
 from tests.moe.exchange_programs import (
@@ -45,6 +45,8 @@ def crowded():
 def served(weights, priority):
     """Slots of one device, the first to be served first."""
     tokens = range(weights.shape[0])
+    if priority == "token":
+        return [(n, k) for n in tokens for k in range(K) if weights[n, k]]
     if priority == "score":
         tokens = sorted(tokens, key=lambda n: -weights[n].max())
     return [(n, k) for k in range(K) for n in tokens if weights[n, k]]
@@ -112,7 +114,7 @@ def expected(exchange, routing, priority):
     return np.stack(causes).reshape(TOKENS, K)
 
 
-@pytest.mark.parametrize("priority", ["position", "score"])
+@pytest.mark.parametrize("priority", sorted(PRIORITIES))
 @pytest.mark.parametrize("exchange", sorted(TIGHT))
 def test_small_buffers_lose_what_the_simulation_loses(exchange, priority):
     """Causes exactly; values and gradients are those of the visits that are left."""

@@ -142,6 +142,16 @@ def test_tokens_halt_after_an_answer_that_is_short_beside_them():
     np.testing.assert_allclose(values[2], one, rtol=1e-5, atol=1e-6)
 
 
+def test_the_second_round_counts_for_the_bias_as_the_first_does():
+    """Its evidence is all visits, of the tokens that asked."""
+    router = {"router": "sigmoid_top_k", "bias_rate": 0.1, "hops": 2}
+    moe = MoE(config(**router, halt_below=0.2), WIDTH, rngs=nnx.Rngs(0))
+    found = run(moe).metrics
+    visits = float(found["load"].sum())
+    assert choices("sigmoid_top_k") * TOKENS < visits
+    np.testing.assert_array_equal(found["evidence/bias"], found["load"])
+
+
 def test_a_random_key_is_used_in_training_only():
     moe = MoE(config("noisy_top_k"), WIDTH, rngs=nnx.Rngs(0))
     a, b, c = (run(moe, key=k).value for k in (None, None, jax.random.key(1)))

@@ -93,3 +93,11 @@ def test_a_step_counts_its_rounds_and_what_is_computed_again():
     assert again == {"all-gather": 2 * gathered, "reduce-scatter": 2 * summed}
     alone = traffic_of(MoEConfig(**layer), **step | {"devices": 1}, remat=False)
     assert alone == {}
+
+
+def test_a_router_that_leaves_the_number_open_sends_a_slot_for_every_expert():
+    layer = {"experts": 8, "per_token": K, "hidden": 6, "exchange": "ring"}
+    step = {"tokens": 16, "width": WIDTH, "devices": DEVICES, "dtype": "float32"}
+    counted = traffic_of(MoEConfig(**layer, router="remoe"), **step, remat=False)
+    parts = exchange_bytes("ring", **SHAPE | {"tokens": 16, "per_token": 8})
+    assert counted["all-gather"] == total(parts, "all-gather")

@@ -162,6 +162,14 @@ class _Auction(NamedTuple):
     prices: Float[Array, " e"]
 
 
+def _above_lowest(
+    scores: Float[Array, "n e"], live: Bool[Array, " n"]
+) -> Float[Array, "n e"]:
+    known = live[:, None] & jnp.isfinite(scores)
+    lowest = jnp.where(known, scores, jnp.inf).min()
+    return jnp.where(known, scores - lowest, 0)
+
+
 def auction(
     scores: Float[Array, "n e"],
     *,
@@ -173,7 +181,8 @@ def auction(
     Tokens without an expert bid for their best one what they would lose by taking the
     second; an expert keeps its highest bidders. The total is within ``precision``
     times the range of the scores, per token, of the best. An expert's share is the
-    valid tokens over the experts, up; tokens that are not valid get expert 0.
+    valid tokens over the experts, up; tokens that are not valid get expert 0. What is
+    not finite counts as the lowest score.
 
     Raises:
         ValueError: if the precision is not positive: bids would not rise.
@@ -183,11 +192,9 @@ def auction(
     _check_positive("precision", precision)
     tokens, experts = scores.shape
     live = jnp.ones(tokens, bool) if valid is None else valid
-    scores = jax.lax.stop_gradient(scores.astype(jnp.float32))
-    scores = jnp.where(live[:, None] & jnp.isfinite(scores), scores, 0)
+    scores = _above_lowest(jax.lax.stop_gradient(scores.astype(jnp.float32)), live)
     room = -(-live.sum() // experts)
-    spread = scores.max() - scores.min()
-    step_up = precision * spread + 1e-6 * jnp.maximum(jnp.abs(scores).max(), 1e-6)
+    step_up = precision * scores.max() + 1e-6 * jnp.maximum(scores.max(), 1e-6)
     ids = jnp.arange(experts, dtype=jnp.int32)
 
     def step(state: _Auction) -> _Auction:
