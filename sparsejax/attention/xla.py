@@ -28,7 +28,7 @@ from sparsejax.typing import Array, Float
 __all__ = ["xla"]
 
 SMALL_Q, SMALL_KV = 8, 16  # blocks below these are gathered, not walked
-NEARLY = 3  # part of the keys from which one query reads all sooner than its own
+FETCHED = 3  # whole blocks read where they lie that cost as much as one fetched
 FETCH = 16  # keys of a dense tile that cost as much as one that is fetched
 TILE = 128
 ELEMENTS = 2**29  # bytes that the rule of such tiles may take
@@ -46,7 +46,7 @@ def xla(
     bias: Float[Array, "b g s"] | None = None,
 ) -> Attended:
     """Softmax over the live blocks; values come back in float32."""
-    if mask.q_len == 1 and NEARLY * mask.ids.shape[-1] >= mask.grid.columns:
+    if mask.q_len == 1 and _rather_all(mask, k.shape[2]):
         more = {"segments": segments, "bias": bias}
         return reference(q, k, v, mask, scale=scale, softcap=softcap, **more)
     restricted = mask if segments is None else restrict(mask, segments)
@@ -59,6 +59,13 @@ def xla(
     together = q.shape[0] // mask.ids.shape[0] * known.ids.shape[0]
     static = Score(scale, softcap), walked.strides(known, (together, *q.shape[1:]))
     return _attend(q, k, v, bias, (mask, segments), static)
+
+
+def _rather_all(mask: BlockMask, key_heads: int) -> bool:
+    """Whether one query reads all keys sooner than those that its lists fetch."""
+    fetched = max(mask.ids.shape[1], key_heads) * mask.ids.shape[-1]
+    each = 1 if mask.block_kv < SMALL_KV else FETCHED
+    return each * fetched >= key_heads * mask.grid.columns
 
 
 def path(mask: BlockMask) -> Any:
