@@ -30,6 +30,15 @@ def sweep(tmp_path):
     return run
 
 
+NAMED = """
+from sparsejax.sweep import Sweep, axis
+from tests.sweep.small import base
+
+def get_sweep():
+    return Sweep(base=base(), axes=axis("data.seq_len", [16]))
+"""
+
+
 def rows(tmp_path):
     with (tmp_path / "results" / "small.csv").open(newline="") as file:
         return list(csv.DictReader(file))
@@ -163,6 +172,7 @@ def test_a_wrong_flag_is_one_line(sweep, capsys, flags, message):
         ("def get_sweep(): return 1", "get_sweep() must return a Sweep"),
         ("x = 1", "AttributeError"),
         ("def get_sweep(): raise KeyError('a')", "KeyError: 'a'"),
+        (NAMED, "label 'seq_len': a column of every row has this name; give the axis"),
     ],
 )
 def test_a_file_that_is_no_sweep_is_named(tmp_path, capsys, text, message):

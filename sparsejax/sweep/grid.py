@@ -103,14 +103,19 @@ def zipped(*axes: Axis) -> Axis:
 
 def _joined(group: Sequence[Choice]) -> Choice:
     changes: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     for choice in group:
         twice = changes.keys() & choice.changes.keys()
         if twice:
             raise ConfigError(
                 f"config.{min(twice)}: set by two axes; leave it to one of them"
             )
+        if twice := labels.keys() & choice.labels.keys():
+            raise ConfigError(
+                f"label {min(twice)!r}: of two axes; give one of them another, label=…"
+            )
         changes |= choice.changes
-    labels = {k: v for choice in group for k, v in choice.labels.items()}
+        labels |= choice.labels
     return Choice(labels, changes, tuple(r for choice in group for r in choice.rules))
 
 
@@ -192,24 +197,30 @@ def _near(what: str, found: float | int, wanted: float | int, detail: str) -> No
         )
 
 
-def planned_cost(values: Values) -> Cost:
-    """Count parameters and FLOPs of a config's model without building it; no masks."""
+def planned_cost(values: Values, live: Mapping[str, float] | None = None) -> Cost:
+    """Count parameters and FLOPs of a config's model without building it.
+
+    Args:
+        values: the config's.
+        live: density of what is masked, by path; masks are not counted without it.
+    """
     data = values["data"]
     fixed = {"bytes": ByteTokenizer.vocab_size}
     name = data.get("tokenizer", "bytes")
     vocabulary = fixed[name] if name in fixed else data.get("vocab_size", 4096)
-    key = json.dumps(values["model"], sort_keys=True, default=str)
-    if key not in _COSTS.setdefault((vocabulary, data["seq_len"]), {}):
+    about = [vocabulary, data["seq_len"], values["model"], live]
+    key = json.dumps(about, sort_keys=True, default=str)
+    if key not in _COSTS:
         config = convert(ModelConfig, values["model"], "config.model")
         model = nnx.eval_shape(
             lambda: Transformer(config, vocabulary, rngs=nnx.Rngs(0))
         )
-        found = cost(config, nnx.state(model, nnx.Param), length=data["seq_len"])
-        _COSTS[vocabulary, data["seq_len"]][key] = found
-    return _COSTS[vocabulary, data["seq_len"]][key]
+        params = nnx.state(model, nnx.Param)
+        _COSTS[key] = cost(config, params, length=data["seq_len"], live=live)
+    return _COSTS[key]
 
 
-_COSTS: dict[tuple[int, int], dict[str, Cost]] = {}
+_COSTS: dict[str, Cost] = {}
 
 
 def points(sweep: Sweep) -> list[Point]:
@@ -217,10 +228,16 @@ def points(sweep: Sweep) -> list[Point]:
 
     Raises:
         ConfigError: for a field that is not there, a budget that cannot be reached, a
-            config that is not legal, or two points that are the same run.
+            config that is not legal, or two points that are the same run or are named
+            alike.
     """
     found: dict[str, Point] = {}
     for choice in sweep.axes:
+        if "seed" in choice.changes:
+            raise ConfigError(
+                f"config.seed: set by an axis ({choice.labels}), and then by"
+                f" seeds={sweep.seeds}; leave it to Sweep(seeds=…)"
+            )
         values = copy.deepcopy(sweep.base.to_dict())
         _set(values, choice.changes, choice.labels)
         for rule in (*choice.rules, *sweep.rules):
@@ -236,7 +253,25 @@ def points(sweep: Sweep) -> list[Point]:
             found[point.fingerprint] = point
     if not found:
         raise ConfigError("the sweep has no points; give it axes and seeds")
+    _check_names(sweep)
     return list(found.values())
+
+
+def _check_names(sweep: Sweep) -> None:
+    """Refuse choices that nobody could tell apart in the table.
+
+    Raises:
+        ConfigError: naming the labels.
+    """
+    seen = set()
+    for choice in sweep.axes:
+        name = json.dumps(choice.labels, sort_keys=True, default=str)
+        if name in seen:
+            raise ConfigError(
+                f"two points are named {choice.labels}, and are different runs; give"
+                " one of them another label"
+            )
+        seen.add(name)
 
 
 def _checked(values: Values, labels: dict[str, Any]) -> Point:

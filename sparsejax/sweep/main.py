@@ -24,7 +24,7 @@ from sparsejax.sweep.engines import ENGINES, Options, write_slurm
 from sparsejax.sweep.grid import Point, Sweep, planned_cost, points
 from sparsejax.sweep.jobs import ENTRY, Job, JobError, finished_row
 from sparsejax.sweep.progress import Board, listing
-from sparsejax.sweep.record import Results
+from sparsejax.sweep.record import COLUMNS, Results
 
 __all__ = ["main", "read_sweep"]
 
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None, *, entry: tuple[str, ...] = ENTRY) -> in
 
 def _main(flags: argparse.Namespace, entry: tuple[str, ...]) -> int:
     name = Path(flags.config).stem
-    wanted = _chosen(points(read_sweep(flags.config)), flags.only)
+    wanted = _chosen(_named(points(read_sweep(flags.config))), flags.only)
     results = Results(Path(flags.results) / f"{name}.csv")
     if flags.list:
         costs = [planned_cost(point.values) for point in wanted]
@@ -136,6 +136,17 @@ def _again(flags: argparse.Namespace) -> list[str]:
         f"--results={Path(flags.results).resolve()}",
         f"--retries={flags.retries}",
     ]
+
+
+def _named(every: list[Point]) -> list[Point]:
+    """Refuse labels that ``read_table`` could not tell from a row's own columns."""
+    for point in every:
+        if twice := point.labels.keys() & {*COLUMNS}:
+            raise ConfigError(
+                f"label {min(twice)!r}: a column of every row has this name; give the"
+                " axis another, label=…"
+            )
+    return every
 
 
 def _chosen(every: list[Point], only: str | None) -> list[Point]:

@@ -4,8 +4,9 @@ import csv
 import datetime
 import io
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +98,29 @@ def _densities(
 ) -> dict[str, Any]:
     """Average over the steps what masks leave, and the FLOPs that go with it.
 
-    Both are straight lines in the density of what is masked: their values with
-    everything live and at the end of the run give the line.
+    Both are straight lines in the density of each parameter, so those of the average
+    densities are the averages.
     """
-    whole, tokens = planned_cost(point.values), logged[-1]["tokens"]
-    each = summary["useful_flops_per_token"]
+    tokens = logged[-1]["tokens"]
     rows = [x for x in logged if "masked/density" in x]
     if not rows:
         ends = {"density": 1.0, "density_average": 1.0}
+        each = summary["useful_flops_per_token"]
         kept = summary["parameters_nonzero"]
         return ends | {"parameters_average": kept, "useful_flops": each * tokens}
-    steps = np.array([x["step"] for x in rows], float)
-    spans = np.diff(steps, prepend=0.0)  # a logged density holds since the last
-    density = np.array([x["masked/density"] for x in rows], float)
-    mean, last = float(np.average(density, weights=spans)), float(density[-1])
-    gone = (1 - mean) / (1 - last) if last < 1 else 0.0
-    lost = summary["parameters_total"] - summary["parameters_nonzero"]
-    saved = whole.useful_flops - each
+    spans = np.diff([x["step"] for x in rows], prepend=0)  # since the last line
+
+    def average(name: str) -> float:
+        return float(np.average([np.mean(x[name]) for x in rows], weights=spans))
+
+    start = "masked/density/"
+    live = {x.removeprefix(start): average(x) for x in rows[-1] if x.startswith(start)}
+    mean = planned_cost(point.values, live)
     return {
-        "density": last,
-        "density_average": mean,
-        "parameters_average": round(summary["parameters_total"] - gone * lost),
-        "useful_flops": (whole.useful_flops - gone * saved) * tokens,
+        "density": float(rows[-1]["masked/density"]),
+        "density_average": average("masked/density"),
+        "parameters_average": mean.nonzero,
+        "useful_flops": mean.useful_flops * tokens,
     }
 
 
@@ -201,6 +203,8 @@ def read_table(
 ) -> dict[str, np.ndarray]:
     """Read a sweep's results as columns: numbers where they are, labels by name.
 
+    What a row does not have is NaN among numbers, and "" elsewhere.
+
     Args:
         name: of the sweep.
         where: labels, or columns, whose values the rows must have.
@@ -217,7 +221,8 @@ def read_table(
     rows = [row for row in rows if all(row.get(k) == v for k, v in wanted)]
     if not rows:
         raise ValueError(f"{name}: no rows{f' where {where}' if where else ''}")
-    return {key: _column(row.get(key, "") for row in rows) for key in rows[0]}
+    names = dict.fromkeys(name for row in rows for name in row)  # in their order
+    return {name: _column([row.get(name, "") for row in rows]) for name in names}
 
 
 def _number(text: str) -> Any:
@@ -227,5 +232,10 @@ def _number(text: str) -> Any:
         return text
 
 
-def _column(values: Iterable[Any]) -> np.ndarray:
-    return np.array(list(values))
+def _column(values: list[Any]) -> np.ndarray:
+    known = [x for x in values if x != ""]
+    if known and all(isinstance(x, int | float) for x in known):
+        return np.array([math.nan if x == "" else x for x in values])
+    if all(isinstance(x, str) for x in values):
+        return np.array(values)
+    return np.fromiter(values, object)  # lists, none, or several kinds

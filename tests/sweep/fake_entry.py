@@ -36,8 +36,11 @@ masked = config.get("masked")
 lines = []
 for step in (steps // 2, steps):
     line = {"step": step, "tokens": step * rows, "eval/loss": loss + (step < steps)}
-    if masked:
-        line["masked/density"] = 1.0 if step < steps else masked["density"]
+    if masked:  # one matrix, in one half of the run
+        opens = masked.get("dense_from") is not None
+        density = masked["density"] if (step < steps) == opens else 1.0
+        line["masked/density"] = density
+        line["masked/density/stacks/0/blocks/0/ffn/up"] = [density]
     if config["model"]["ffn"]["kind"] == "moe":
         line |= {"moe/load_violation": [0.5, 1.5], "moe/dropped": [0.0, 0.0]}
     lines.append(json.dumps(line) + "\n")

@@ -98,6 +98,11 @@ def test_equal_parameters_are_found_whatever_the_depth():
             "a budget of 10 FLOPs: cannot be reached, .* is 0",
         ),
         (iso_parameters([5.0]), r"a size of 5 parameters: cannot be reached"),
+        (
+            axis("model.width", [16]) + axis("model.depth", [16], label="width"),
+            r"two points are named \{'width': 16\}, and are different runs; give one",
+        ),
+        (axis("seed", [5]), r"config\.seed: set by an axis .*, and then by seeds=\(0"),
         ([], "the sweep has no points"),
         (axis("model.heads", [3]), r"config\.model\..*at the point \{'heads': 3\}"),
     ],
@@ -110,5 +115,7 @@ def test_a_sweep_that_cannot_be_run_says_why(axes, message):
 def test_axes_that_contradict_each_other_are_refused():
     with pytest.raises(ConfigError, match=r"config\.model\.width: set by two axes"):
         product(WIDTHS, WIDTHS)
+    with pytest.raises(ConfigError, match=r"label 'width': of two axes; give one of"):
+        product(WIDTHS, axis("model.depth", [1], label="width"))
     with pytest.raises(ConfigError, match=r"\[2, 1\] choices: must be equally long"):
         zipped(WIDTHS, [Choice({}, {})])

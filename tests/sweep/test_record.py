@@ -15,7 +15,7 @@ from tests.sweep.small import base
 
 ENTRY = (sys.executable, str(Path(__file__).with_name("fake_entry.py")))
 EXPERTS = {"kind": "moe", "experts": 4, "per_token": 2, "hidden": 8}
-MASK = {"density": 0.5, "end": 9, "every": 9}
+MASK = {"density": 0.5, "end": 4, "every": 4}
 
 
 def row_of(folder, axes):
@@ -35,13 +35,17 @@ def test_a_dense_row_has_its_costs_and_its_curve(tmp_path):
     assert row["machine"] == "2 x fake"
 
 
-def test_a_masked_row_averages_over_the_steps(tmp_path):
-    point, row = row_of(tmp_path, variants("kind", {"masked": {"masked": MASK}}))
-    # Dense for five steps, half dense for five.
-    assert row["density_average"] == pytest.approx(0.75)
-    assert row["parameters_average"] == pytest.approx(16_000 - 800 * 16 * 0.25)
-    whole, end = planned_cost(point.values).useful_flops, 6 * row["parameters_nonzero"]
-    assert row["useful_flops"] == pytest.approx((whole + end) / 2 * 320)
+@pytest.mark.parametrize(
+    ("plan", "density"), [(MASK, 0.5), (MASK | {"dense_from": 5}, 1.0)]
+)
+def test_a_masked_row_averages_over_the_steps(tmp_path, plan, density):
+    point, row = row_of(tmp_path, variants("kind", {"masked": {"masked": plan}}))
+    # One matrix of 16 x 16 is half dense for five of the ten steps.
+    assert (row["density"], row["density_average"]) == (density, 0.75)
+    whole = planned_cost(point.values)
+    assert row["parameters_average"] == whole.total - 0.25 * 256
+    each = whole.useful_flops - 6 * 0.25 * 256
+    assert row["useful_flops"] == pytest.approx(each * 320)
 
 
 def test_a_routed_row_has_its_balance(tmp_path):
@@ -77,6 +81,22 @@ def test_rows_are_appended_once_and_read_as_columns(tmp_path):
     assert read_table("a", folder=tmp_path, where={"loss": 3.0})["loss"] == [3.0]
     with pytest.raises(ValueError, match="no rows where"):
         read_table("a", folder=tmp_path, where={"kind": "masked"})
+
+
+def test_columns_are_those_of_all_rows(tmp_path):
+    results = Results(tmp_path / "a.csv")
+    for name, labels in (
+        ("x", {"kind": "dense", "layers": [1]}),
+        ("y", {"experts_of": 8, "layers": [1, 2], "clip": None}),
+    ):
+        loads = {"load_violation": "" if name == "x" else 0.5}
+        results.append(line(name, labels=json.dumps(labels), **loads))
+    table = read_table("a", folder=tmp_path)
+    np.testing.assert_array_equal(table["experts_of"], [np.nan, 8])
+    np.testing.assert_array_equal(table["load_violation"], [np.nan, 0.5])
+    assert table["kind"].tolist() == ["dense", ""]
+    assert table["layers"].tolist() == [[1], [1, 2]]
+    assert table["clip"].tolist() == ["", None]
 
 
 def test_a_row_that_was_cut_off_is_dropped_and_the_others_stay(tmp_path):
