@@ -10,6 +10,7 @@ import time
 import pytest
 
 from sparsejax.sweep import points
+from sparsejax.sweep.engines import ENGINES
 from sparsejax.sweep.main import main, read_sweep
 from tests.sources import ROOT
 from tests.sweep.cluster import two_nodes
@@ -79,6 +80,22 @@ def test_a_failure_ends_its_point_only_and_is_retried(
     assert ("out of luck" in said) or ("not today" in said)
     assert len(rows(tmp_path)) == 2
     assert sorted(starts(tmp_path)) == started
+
+
+def test_an_interrupted_sweep_is_one_line_and_retries_nothing(
+    sweep, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("FAKE", "interrupted")
+    one = f"--only={points(get_sweep())[0].fingerprint}"
+    assert sweep(one) == 1  # a run that was interrupted by itself
+    assert starts(tmp_path) == [1]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(ENGINES, "local", interrupt)
+    assert sweep(one) == 130
+    assert "start the same command again" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_once_is_tried_again(sweep, tmp_path, monkeypatch):

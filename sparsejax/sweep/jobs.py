@@ -87,7 +87,7 @@ def run_job(job: Job, environment: Mapping[str, str] | None = None) -> dict[str,
         if row is not None:
             return row
         # A config that cannot be run stays so, and an interrupt is meant for all.
-        in_vain = code in (2, -signal.SIGINT)
+        in_vain = code in (2, 130, -signal.SIGINT)
         if attempt == job.retries or in_vain:
             raise JobError(f"{job.point.labels}: {_told(job.home, code)}")
     raise AssertionError("every attempt returns or raises")

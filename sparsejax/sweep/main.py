@@ -60,13 +60,22 @@ def read_sweep(path: str | Path) -> Sweep:
 
 
 def main(argv: list[str] | None = None, *, entry: tuple[str, ...] = ENTRY) -> int:
-    """Run; 0 if every point has its row, 1 if some failed, 2 if it could not begin."""
+    """Run; 0 if every point has its row, 1 if some failed, 2 if it could not begin.
+
+    It is 130 after Ctrl-C.
+    """
     flags = parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         return _main(flags, entry)
     except (ConfigError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "interrupted; start the same command again: finished points are skipped,"
+            " and those that ran go on from their checkpoints\n"
+        )
+        return 130
 
 
 def _main(flags: argparse.Namespace, entry: tuple[str, ...]) -> int:

@@ -16,7 +16,8 @@ class TrainConfig:
 
     ``loss_chunk`` is the number of tokens whose logits exist at a time (0: all).
     ``z_loss`` weights the squared log-normaliser. ``keep`` newest and ``keep_best``
-    best checkpoints stay on disk.
+    best checkpoints stay on disk: best are those of the least held-out loss, among the
+    ones that were evaluated at their own step.
     """
 
     steps: int

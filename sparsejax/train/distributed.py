@@ -355,7 +355,11 @@ def _part(watcher: _Watcher) -> None:
 
 def _fail(process: Process, error: BaseException) -> NoReturn:
     if isinstance(error, KeyboardInterrupt):
-        _leave(130, f"error: process {process.index} of {process.count} interrupted")
+        _leave(
+            130,
+            f"error: process {process.index} of {process.count} interrupted; start all"
+            " processes again to resume from the last checkpoint",
+        )
     traceback.print_exception(error)
     if any(words in str(error) for words in _PEER_IS_GONE):
         _leave(1, _lost(process))

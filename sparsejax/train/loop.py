@@ -5,6 +5,7 @@ No mathematics lives here, and no I/O in the step. ``train`` is what ``train.py`
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -139,14 +140,27 @@ def check_finite(state: State, metrics: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """SIGTERM asks for a clean end; the answer is read between steps."""
-    asked: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+def _heard(number: int) -> Iterator[Callable[[], int]]:
+    """A signal asks for a clean end; what it was, or 0, is read between steps.
+
+    A second Ctrl-C does what it always does, and a signal that is ignored stays so.
+    """
+    asked = [0]
+
+    def hear(number: int, _: Any) -> None:
+        asked.append(number)
+        if number == signal.SIGINT:
+            signal.signal(number, before)
+            # Not through a stream, which may be in the middle of a line of its own.
+            os.write(2, b"\nsaving, then stopping; Ctrl-C again stops at once\n")
+
+    before = signal.getsignal(number)
+    if before is not signal.SIG_IGN:
+        signal.signal(number, hear)
     try:
-        yield lambda: bool(asked)
+        yield lambda: asked[-1]
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
 class _Loop:
@@ -171,6 +185,7 @@ class _Loop:
         )
         self.profiler = profiler or Profiler(None, workdir)
         self.last_scores: dict[str, float] = {}
+        self.scored = -1  # the step that they are of
         self.began = time.monotonic()
 
     def start(self) -> State:
@@ -186,13 +201,16 @@ class _Loop:
         self.log = MetricsLog(
             self.workdir, resume_step=step, active=self.process.index == 0
         )
+        self.began -= self.log.before.get("seconds", 0.0)  # of sessions before
         return state
 
-    def run(self, state: State, stopping: Callable[[], bool]) -> tuple[State, bool]:
-        """Take all remaining steps; say whether the run came to its end."""
+    def run(self, state: State, stopping: Callable[[], int]) -> tuple[State, int]:
+        """Take all remaining steps; also give the signal that has stopped it, or 0."""
         every = self.config.train
         step, metrics = int(state.step), {}
         self.progress.start(step)
+        if 0 < self.profiler.stop <= step + 1:
+            self.progress.report("no trace: the steps of --profile were taken before")
         while step < every.steps:
             step += 1
             self.profiler.at(step, state)
@@ -200,8 +218,9 @@ class _Loop:
                 state, next(self.trainer.data.train)
             )
             last = step == every.steps
-            if step % every.log_every == 0 or last:
-                self._log(step, state, metrics, last)
+            scored = step % every.eval_every == 0 or last
+            if step % every.log_every == 0 or scored:
+                self._log(step, state, metrics, scored)
             stop = self._agreed(step, stopping)
             if step % every.save_every == 0 or last or stop:
                 check_finite(state, metrics)
@@ -209,9 +228,9 @@ class _Loop:
             self.progress.update(step)
             if stop and not last:
                 self.progress.report(f"asked to stop: saved step {step}")
-                return state, False
+                return state, stop
         self.profiler.close()
-        return state, True
+        return state, 0
 
     def finish(self, state: State, finished: bool) -> dict[str, Any]:
         """Sum the run up; once it has come to its end, write everything down."""
@@ -240,27 +259,28 @@ class _Loop:
 
     def close(self) -> None:
         """Let go of files and threads; errors of a pending save come out here."""
+        self.profiler.close()
         self.trainer.data.train.close()
         self.progress.close()
         self.checkpoints.close()
         if hasattr(self, "log"):
             self.log.close()
 
-    def _agreed(self, step: int, stopping: Callable[[], bool]) -> bool:
-        """Whether any process was asked to stop; all hear it at the same step."""
+    def _agreed(self, step: int, stopping: Callable[[], int]) -> int:
+        """Give the signal that any process was asked to stop by, to all at one step."""
         if self.process.count == 1:
             return stopping()
         if step % self.config.train.log_every:
-            return False
-        return any(said["stop"] for said in gather_json({"stop": stopping()}))
+            return 0
+        return max(said["stop"] for said in gather_json({"stop": stopping()}))
 
-    def _log(self, step: int, state: State, metrics: dict, last: bool) -> None:
+    def _log(self, step: int, state: State, metrics: dict, scored: bool) -> None:
         check_finite(state, metrics)
         data = self.config.data
         values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
         values["tokens"] = step * data.batch_size * data.seq_len
-        if step % self.config.train.eval_every == 0 or last:
-            self.last_scores = self.trainer.evaluate(state)
+        if scored:
+            self.last_scores, self.scored = self.trainer.evaluate(state), step
             values |= self.last_scores
         values["seconds"] = time.monotonic() - self.began
         self.log.write(step, values)
@@ -273,7 +293,7 @@ class _Loop:
             state,
             data=merge_states(positions),
             config=to_dict(self.config),
-            loss=self.last_scores.get("eval/loss"),
+            loss=self.last_scores["eval/loss"] if self.scored == step else None,
         )
 
 
@@ -286,16 +306,18 @@ def train(
 ) -> dict[str, Any]:
     """Train to the end, from wherever the workdir stands, and return the summary.
 
-    A run that is asked to stop (SIGTERM) saves, and returns a summary with
+    A run that is asked to stop saves. By SIGTERM, it returns a summary with
     ``finished`` false.
 
     Raises:
         ConfigError: if this config cannot run on these devices, with this data, or in
             this workdir.
+        KeyboardInterrupt: after a Ctrl-C.
         NonFiniteError: if the loss or a norm stopped being finite.
     """
     process = process or Process(jax.process_index(), jax.process_count())
-    profiler = Profiler(profile, Path(workdir) / "profile")
+    steps = config.train.steps
+    profiler = Profiler(profile, Path(workdir) / "profile", steps=steps)
     mesh = make_mesh(config.mesh)
     home = open_workdir(
         workdir,
@@ -304,12 +326,21 @@ def train(
         free=FREE,
         active=process.index == 0,
     )
-    with home, jax.set_mesh(mesh), disk_guard(home.path), _stop_signal() as stopping:
+    with (
+        home,
+        jax.set_mesh(mesh),
+        disk_guard(home.path),
+        _heard(signal.SIGTERM) as terminated,
+    ):
         loop = _Loop(Trainer(config, mesh), home.path, process, profiler)
         try:
-            state, finished = loop.run(loop.start(), stopping)
+            state = loop.start()
+            with _heard(signal.SIGINT) as interrupted:
+                state, stop = loop.run(state, lambda: terminated() or interrupted())
             loop.checkpoints.wait()
-            return loop.finish(state, finished)
+            if stop == signal.SIGINT:
+                raise KeyboardInterrupt
+            return loop.finish(state, finished=not stop)
         finally:
             loop.close()
 

@@ -62,7 +62,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run; 0 if the job was done, 1 if it failed, 2 if it could not begin."""
+    """Run; 0 if the job was done, 1 if it failed, 2 if it could not begin.
+
+    It is 130 after Ctrl-C.
+    """
     argv = sys.argv[1:] if argv is None else argv
     if any(flag.startswith("--aot") for flag in argv):
         # Read when JAX is imported: look for no hardware, only for its compilers.
@@ -73,6 +76,12 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write(
+            "interrupted; start the same command again to go on from the last"
+            " checkpoint, or to begin if there is none\n"
+        )
+        return 130
 
 
 def _main(flags: argparse.Namespace, config: Any) -> int:

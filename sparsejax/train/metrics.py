@@ -61,11 +61,12 @@ class MetricsLog:
             ValueError: if the record is damaged anywhere but in its last line.
         """
         self.active = active
+        self.before: dict[str, Any] = {}  # the last line that a session before left
         if not active:
             return
         path = Path(workdir) / "metrics.jsonl"
         self.last_step = -1 if resume_step is None else resume_step
-        _keep_through(path, self.last_step)
+        self.before = _keep_through(path, self.last_step)
         self._file = open(path, "ab")  # noqa: SIM115
         self._events = _Events(Path(workdir) / "tensorboard", start=self.last_step + 1)
 
@@ -215,11 +216,19 @@ class Progress:
 class Profiler:
     """Trace the steps ``START:STOP``, the last one excluded, with ``jax.profiler``."""
 
-    def __init__(self, spec: str | None, directory: str | Path) -> None:
+    def __init__(
+        self, spec: str | None, directory: str | Path, *, steps: int | None = None
+    ) -> None:
         """Read ``spec``; None never traces.
 
+        Args:
+            spec: which steps.
+            directory: where traces go.
+            steps: how many a run has, counted from 1.
+
         Raises:
-            ConfigError: unless the spec is two numbers, the first below the second.
+            ConfigError: unless the spec is two numbers, the first below the second,
+                and names a step of the run.
         """
         self.first, self.stop, self.directory = 0, 0, Path(directory)
         self.running = False
@@ -231,6 +240,11 @@ class Profiler:
                     " < STOP; 10:13 traces steps 10, 11 and 12"
                 )
             self.first, self.stop = int(match[1]), int(match[2])
+            if steps is not None and (self.first > steps or self.stop < 2):
+                raise ConfigError(
+                    f"--profile={spec}: names no step of the run, which has the steps 1"
+                    f" to {steps}; name some of them"
+                )
 
     def at(self, step: int, after: Any = None) -> None:
         """Start or stop the trace before ``step`` runs.
@@ -313,10 +327,10 @@ def _scalars(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
                 yield f"{label}/max", float(np.max(row))
 
 
-def _keep_through(path: Path, step: int) -> None:
-    """Cut the record back to its lines of at most ``step``."""
+def _keep_through(path: Path, step: int) -> dict[str, Any]:
+    """Cut the record back to its lines of at most ``step``; give the last of them."""
     if not path.exists():
-        return
+        return {}
     before = path.read_bytes()
     lines = before.split(b"\n")[:-1]
     kept = [
@@ -327,6 +341,7 @@ def _keep_through(path: Path, step: int) -> None:
     after = b"".join(line + b"\n" for line in kept)
     if after != before:
         write_atomically(path, after.decode())
+    return json.loads(kept[-1]) if kept else {}
 
 
 def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:

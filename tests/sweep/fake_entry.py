@@ -1,7 +1,7 @@
 """Stands for ``train.py`` where only what comes after a run is tested.
 
 Leaves the files that a run leaves; as told by ``FAKE`` in its environment it waits,
-fails once, fails always, or refuses its config.
+fails once, fails always, refuses its config, or is interrupted.
 """
 
 import json
@@ -25,6 +25,8 @@ if told == "fail" and wide:
     sys.exit("out of luck")
 if told == "fail once" and len((home / "starts.txt").read_text().split()) == 1:
     sys.exit("out of luck")
+if told == "interrupted":
+    sys.exit(130)
 (home / "pid.part").write_text(str(os.getpid()))
 (home / "pid.part").rename(home / "pid.txt")
 time.sleep({"wait": 60, "wait a little": 4}.get(told, 0))

@@ -134,22 +134,64 @@ def test_a_finished_run_is_only_summed_up_again(config, straight):
     assert again.keys() == scores.keys()
 
 
-def test_a_terminated_run_saves_and_says_so(config, straight, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
+    number, config, straight, tmp_path, monkeypatch, capfd
+):
     write = MetricsLog.write
 
-    def terminated(self, step, values):
+    def asked(self, step, values):
         write(self, step, values)
         if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "write", terminated)
-        assert train(config, tmp_path)["finished"] is False
+        patch.setattr(MetricsLog, "write", asked)
+        if number == signal.SIGTERM:
+            assert train(config, tmp_path)["finished"] is False
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path)
+            assert "Ctrl-C again stops at once" in capfd.readouterr().err
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
     assert checkpoints.latest() == 2
     checkpoints.close()
-    train(config, tmp_path)
+    before = read_metrics(tmp_path)[-1]["seconds"]
+    assert train(config, tmp_path)["seconds"] > before
     assert figures(tmp_path) == uninterrupted(config, straight)
+    times = [row["seconds"] for row in read_metrics(tmp_path)]
+    assert times == sorted(times)  # of all sessions, not of the last
+
+
+def test_a_second_interrupt_does_not_wait():
+    with loop._heard(signal.SIGINT) as asked:
+        assert asked() == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_checkpoint_is_ranked_by_an_evaluation_of_its_own(
+    config, tmp_path, monkeypatch
+):
+    """Lines are logged every second step, evaluations made every third."""
+    scores = {3: 1.0, 6: 2.0, 8: 3.0}
+    ranked = {}
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda _, state: {"eval/loss": scores[int(state.step)]}
+    )
+    monkeypatch.setattr(
+        Checkpoints,
+        "save",
+        lambda _, step, state, *, loss, **rest: ranked.update({step: loss}),
+    )
+    monkeypatch.setattr(_Loop, "finish", lambda _, state, finished: {})
+    every = {"eval_every": 3, "save_every": 2}
+    train(toy.with_section(config, train=every), tmp_path)
+    assert ranked == {2: None, 4: None, 6: 2.0, 8: 3.0}
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows if "eval/loss" in row] == [3, 6, 8]
 
 
 def test_a_checkpoint_of_one_mesh_loads_on_another(config, straight, corpus):

@@ -51,6 +51,7 @@ def run(capsys, *flags):
         ("--worker=3", "--worker=3: no such flag; see --help"),
         ("--config.seed", "--config.seed: needs a value"),
         ("--profile=5", "--profile=5: must be START:STOP"),
+        ("--profile=9000:9003", "--profile=9000:9003: names no step of the run"),
         ("--aot=tpu:v9:2x2", "--aot=tpu:v9:2x2: no such TPU"),
         ("--aot=npu", "--aot=npu: no such platform"),
         ("--processes=2", "coordinator"),
@@ -65,6 +66,16 @@ def test_a_mistake_is_one_line_before_the_first_compile(
     assert line.startswith("error: ")
     assert message in line
     assert len(COMPILED) == before
+
+
+def test_an_interrupt_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("sparsejax.train.loop.train", interrupted)
+    status, line = run(capsys, f"--workdir={tmp_path}")
+    assert status == 130
+    assert "start the same command again" in line
 
 
 def test_a_compile_would_be_heard():

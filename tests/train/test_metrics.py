@@ -312,6 +312,13 @@ def test_a_profile_needs_two_ordered_steps(tmp_path, spec):
         Profiler(spec, tmp_path)
 
 
+@pytest.mark.parametrize("spec", ["0:1", "9:12"])
+def test_a_profile_of_no_step_of_the_run_is_refused(tmp_path, spec):
+    with pytest.raises(ConfigError, match=f"--profile={spec}: .* the steps 1 to 8"):
+        Profiler(spec, tmp_path, steps=8)
+    Profiler("8:12", tmp_path, steps=8)
+
+
 @pytest.fixture
 def traced(monkeypatch):
     """Steps' own record of when the profiler starts and stops."""
