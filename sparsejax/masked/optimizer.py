@@ -281,7 +281,7 @@ def _next(
     def change() -> tuple[Any, dict[str, Array]]:
         taken = step
         if updater in masked.REPLACES_STEP:
-            taken = (jax.tree.map(jnp.zeros_like, step[0]), state.inner)
+            taken = (jax.tree.map(jnp.zeros_like, step[0]), _idle(state.inner, step[1]))
         seen = _evidence(plan, active, state, taken, given)
         budget = budgets(plan, active, state.step, old, seen)
         criterion = masked.CRITERIA[plan.criterion]
@@ -302,6 +302,23 @@ def _next(
         return step, new
     opened = state.step >= plan.dense_from
     return step, {p: jnp.where(opened, full[p], new[p]) for p in new}
+
+
+def _idle(before: PyTree, after: PyTree) -> PyTree:
+    """Give the optimiser's state without its step; the rate's schedule still goes on.
+
+    Moments and their counts stay: it is steps of the run that a schedule counts.
+    """
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda old, new: new if is_schedule(old) else old,
+        before,
+        after,
+        is_leaf=is_schedule,
+    )
 
 
 def _evidence(

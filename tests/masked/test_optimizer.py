@@ -81,6 +81,15 @@ def test_rigl_takes_no_gradient_step_when_it_moves_weights():
     assert int(new.inner[0].count) == int(old.inner[0].count)
 
 
+@pytest.mark.parametrize("updater", ["rigl", "set"])
+def test_a_schedule_counts_every_step_whatever_masks_do(updater):
+    rate = optax.scale_by_schedule(lambda count: 1e-3 / (1 + count))
+    tx = optax.chain(optax.scale_by_adam(), rate)
+    _, state = run(tx, UPDATERS[updater], network(jax.random.key(3)), 5)[-1]
+    assert int(state.inner[1].count) == 5
+    assert int(state.inner[0].count) == {"rigl": 3, "set": 5}[updater]
+
+
 def test_rigl_grows_where_the_dense_gradient_is_largest():
     config = UPDATERS["rigl"]
     (params, state), (_, after) = history("adamw", "rigl")[2:4]
