@@ -5,6 +5,7 @@ Everything that a run changes is in ``State``; everything else is fixed when the
 step, so a resumed run is the same run.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -17,12 +18,14 @@ from flax import nnx
 
 from sparsejax import masked
 from sparsejax.data import Batch
+from sparsejax.masked import MaskedConfig
 from sparsejax.masked.plan import targets
 from sparsejax.nn import Transformer, refreshed
 from sparsejax.partition import BATCH, constrain
 from sparsejax.train.config import Config
 from sparsejax.train.optim import make_optimizer, make_schedule
 from sparsejax.train.tables import BothStates, Tables, split, square_of
+from sparsejax.tree import leaves
 from sparsejax.typing import Array, Float, Int, PyTree
 
 __all__ = ["Losses", "State", "Step", "compiled", "statistics"]
@@ -109,13 +112,14 @@ class Step:
         self.graph, self.params, self.variables = nnx.split(model, nnx.Param, ...)
         steps = masked.horizon(config.masked, config.train.steps)
         self.schedule = make_schedule(config.optim, steps)
-        self.rest, self.tables = self.params, None
+        self.rest, self.tables, self.plan = self.params, None, config.masked
         if config.optim.tables is not None:
             self.tables = Tables(config.optim, steps, self.params)
             self.rest = split(self.params)[1]
+            self.plan = _plan_without_tables(config.masked, self.rest)
         self.optimizer = make_optimizer(config.optim, steps, self.params, self.rest)
-        if config.masked is not None:
-            self.optimizer = masked.sparse(self.optimizer, config.masked)
+        if self.plan is not None:
+            self.optimizer = masked.sparse(self.optimizer, self.plan)
 
     def _model(self, key: Array) -> Transformer:
         return Transformer(self.config.model, self.vocabulary, rngs=nnx.Rngs(key))
@@ -143,14 +147,13 @@ class Step:
 
     def model(self, state: State) -> Transformer:
         """Build the model that the state describes, masks and decay applied."""
-        params = state.params
-        if self.tables is not None:
-            tables = self.tables.settled(params, state.opt.tables)
-            params = nnx.merge_state(tables, split(params)[1])
-        plan = self.config.masked
-        if plan is not None:
-            plan = replace(plan, products="dense")
+        params = self._trained(state)
+        if self.plan is not None:
+            plan = replace(self.plan, products="dense")
             params = masked.effective(params, state.opt, plan, training=False)
+        if self.tables is not None:
+            tables = self.tables.settled(state.params, state.opt.tables)
+            params = nnx.merge_state(tables, params)
         return self._merged(params, state)
 
     def _merged(self, params: PyTree, state: State) -> Transformer:
@@ -164,10 +167,9 @@ class Step:
     def _effective(
         self, params: PyTree, state: State, training: bool = False
     ) -> PyTree:
-        plan = self.config.masked
-        if plan is None:
+        if self.plan is None:
             return params
-        return masked.effective(params, state.opt, plan, training=training)
+        return masked.effective(params, state.opt, self.plan, training=training)
 
     def _armed(
         self, trained: PyTree, sinks: Any, state: State, training: bool = False
@@ -245,7 +247,8 @@ class Step:
             return {}, {}
         masks, before = masked.masks_of(opt), masked.masks_of(state.opt)
         found = masked.metrics(masks, before, **masked.tracked_of(opt))
-        since = state.step % self.config.train.log_every
+        every = self.config.train
+        since = jnp.minimum(state.step % every.log_every, state.step % every.eval_every)
         flips = {
             name: found[name] + jnp.where(since == 0, 0.0, known)
             for name, known in state.flips.items()
@@ -278,6 +281,7 @@ class Step:
             before.tables,
             rows,
             step=state.step,
+            clock=self._clock(state),
             factor=factor,
         )
         params = nnx.merge_state(tables, moved)
@@ -323,6 +327,20 @@ class Step:
         losses = jax.tree.map(jnp.sum, losses)
         aside = jax.tree.map(lambda x: jnp.mean(x, axis=0), aside)
         return losses, aside, (grads, told)
+
+
+def _plan_without_tables(
+    plan: MaskedConfig | None, rest: PyTree
+) -> MaskedConfig | None:
+    """Leave out patterns that exclude tables only: masks never see those.
+
+    ``begin`` checks the whole plan, so that a wrong pattern is still found.
+    """
+    if plan is None:
+        return None
+    known = list(leaves(rest))
+    found = [x for x in plan.exclude if any(re.search(x, path) for path in known)]
+    return replace(plan, exclude=tuple(found))
 
 
 def _predicts(segments: Int[Array, "b s"]) -> Float[Array, "b t"]:

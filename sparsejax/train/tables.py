@@ -99,8 +99,8 @@ class Tables:
             if path in self.rates:
                 raise ConfigError(
                     f"config.masked: {path} is a table whose rows follow"
-                    f" {self.name!r}, and has no masks; exclude it, or set"
-                    " config.optim.tables to none"
+                    f" {self.name!r}, and has no masks; name it in"
+                    " config.masked.exclude, or set config.optim.tables to none"
                 )
 
     def init(self, params: PyTree) -> TableState:
@@ -188,21 +188,24 @@ class Tables:
         *,
         step: Int[Array, ""],
         factor: Float[Array, ""],
+        clock: Int[Array, ""] | None = None,
     ) -> tuple[PyTree, TableState, Float[Array, ""]]:
         """Move the rows that were read, in place.
 
         Args:
             step: updates done before this one.
             factor: that clipping multiplies gradients with.
+            clock: what the rate's schedule counts; those updates, if it is None.
 
         Returns:
             The tables, their state, and the sum of squares of what was added, without
             decay.
         """
         moments, scale, squares = {}, {}, []
+        clock = step if clock is None else clock
 
         def one(path: str, table: nnx.Variable) -> nnx.Variable:
-            rate = jnp.asarray(self.schedule(step)) * self.rates[path]
+            rate = jnp.asarray(self.schedule(clock)) * self.rates[path]
             stored = rate
             if self.decays[path]:
                 scale[path] = state.scale[path] * (1 - rate * self.decays[path])

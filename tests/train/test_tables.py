@@ -9,10 +9,12 @@ import pytest
 from flax import nnx
 
 from sparsejax.config import ConfigError, FieldError, convert
+from sparsejax.masked import masks_of
 from sparsejax.memory import PEER, PEERConfig
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import Config
 from sparsejax.train.optim import OptimConfig
+from sparsejax.train.step import Step
 from sparsejax.train.tables import Tables, split
 from sparsejax.tree import leaves
 from tests.train import toy
@@ -128,8 +130,8 @@ def sum_of(graph, params, x):
     return jnp.sum(nnx.merge(graph, params)(x).value)
 
 
-def moved_rows(rows, rare=None):
-    """The rows of each table that a step of a layer moves, and what it has read."""
+def read_once(rows, rare=None):
+    """A layer's tables after one reading: rule, parameters, state, what was told."""
     config = PEERConfig(sub_keys=4, heads=2, per_head=2, key_width=4)
     graph, params = nnx.split(PEER(config, 8, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
@@ -144,13 +146,34 @@ def moved_rows(rows, rare=None):
         armed = tables.armed(params, state, sinks)
         return sum_of(graph, nnx.merge_state(armed, split(params)[1]), x)
 
-    told = jax.grad(loss)(tables.sinks(params, 6))
-    about = {"step": jnp.zeros((), "int32"), "factor": jnp.ones(())}
+    return tables, params, state, jax.grad(loss)(tables.sinks(params, 6))
+
+
+def change(tables, params, state, told, **clock):
+    """What a step adds to each table."""
+    clock = {name: jnp.asarray(x, "int32") for name, x in clock.items()}
     found = tables.gradients(params, state, told)
-    after, before = leaves(tables.update(params, state, found, **about)[0]), params
-    before = {path: np.asarray(y) for path, y in leaves(before).items()}
-    moved = {p: (np.asarray(y) != before[p]).any(-1) for p, y in after.items()}
+    after = tables.update(params, state, found, factor=jnp.ones(()), **clock)[0]
+    before = leaves(params)
+    return {p: np.asarray(y) - np.asarray(before[p]) for p, y in leaves(after).items()}
+
+
+def moved_rows(rows, rare=None):
+    """The rows of each table that a step of a layer moves, and what it has read."""
+    tables, params, state, told = read_once(rows, rare)
+    moved = change(tables, params, state, told, step=0)
+    moved = {path: (x != 0).any(-1) for path, x in moved.items()}
     return moved, tables.counts(params, told)
+
+
+def test_the_rate_of_rows_is_that_of_the_clock():
+    """Masks that rewind send it back, and with it every rate that is used."""
+    known = read_once(None)
+    early, back = change(*known, step=0), change(*known, step=9, clock=0)
+    late = change(*known, step=9)
+    for path, x in early.items():
+        np.testing.assert_array_equal(back[path], x)
+        assert 0 < np.abs(late[path]).max() < 0.2 * np.abs(x).max()
 
 
 def test_a_step_moves_the_rows_that_are_specific_and_no_others():
@@ -214,4 +237,23 @@ def test_rows_without_a_table_to_read_are_refused():
 def test_masks_on_a_table_that_is_trained_by_rows_are_refused():
     values = {**toy.TOY, "optim": {**toy.TOY["optim"], "tables": "adam"}}
     masks = {**toy.TOY["masked"], "include": ("memory/values",)}
-    refused({**values, "masked": masks}, "memory/values.*optim.tables to none")
+    remedy = r"memory/values.*masked\.exclude, or .*optim\.tables to none"
+    refused({**values, "masked": masks}, remedy)
+
+
+def test_a_table_that_is_trained_by_rows_can_be_left_out_of_the_masks():
+    """By the remedy that refusing its masks names."""
+    optim = {"tables": "adam", "weight_decay": 0.1}
+    plan = {"include": ("memory",), "exclude": ("memory/values",)}
+    config = toy.toy(optim=optim, masked=plan)
+    step = Step(config, toy.VOCABULARY, np.ones(toy.VOCABULARY, np.int32))
+    state = jax.eval_shape(step.init, jax.random.key(0))
+    masks = masks_of(state.opt)
+    assert masks
+    assert all("memory" in path and "values" not in path for path in masks)
+    jax.eval_shape(step.train, state, toy.batch())
+    jax.eval_shape(lambda x: nnx.state(step.model(x)), state)
+    wrong = {**toy.TOY["masked"], "exclude": ("memory/valeus",)}
+    values = {**toy.TOY, "optim": {**toy.TOY["optim"], "tables": "adam"}}
+    with pytest.raises(ValueError, match="exclude='memory/valeus' matches no parame"):
+        toy.start(convert(Config, {**values, "masked": wrong}), toy.one_device())
