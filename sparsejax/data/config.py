@@ -45,6 +45,14 @@ class DataConfig:
             "must be at least 258: the 256 bytes and two specials",
         )
         require(
+            self.tokenizer in ("bpe", "file")
+            or self.vocab_size == DataConfig.vocab_size,
+            "vocab_size",
+            self.vocab_size,
+            "has no effect with tokenizer='bytes', whose ids are given; leave it out,"
+            " or set tokenizer='bpe'",
+        )
+        require(
             (self.tokenizer in ("bytes", "bpe")) == (self.tokenizer_file is None),
             "tokenizer_file",
             self.tokenizer_file,

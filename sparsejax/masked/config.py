@@ -91,6 +91,13 @@ class MaskedConfig:
             self.initial,
             f"must be at least density={self.density}; densities never rise",
         )
+        require(
+            self.schedule not in masked.STEADY or self.initial in (1.0, self.density),
+            "initial",
+            self.initial,
+            f"schedule={self.schedule!r} has density={self.density} from the first step"
+            " on; leave it out, or choose another schedule",
+        )
         require(0 < self.moved <= 1, "moved", self.moved, "must be in (0, 1]")
         require(0 <= self.seed < 2**31, "seed", self.seed, "must be in [0, 2**31)")
 

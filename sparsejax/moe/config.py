@@ -1,6 +1,7 @@
 """What a mixture-of-experts layer is: sizes, router, dispatcher, balance."""
 
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -113,10 +114,11 @@ class MoEConfig:
     def _check_capacity(self) -> None:
         factor = self.capacity_factor
         require(
-            factor is None or factor > 0,
+            factor is None or 0 < factor < math.inf,
             "capacity_factor",
             factor,
-            "a capacity below one row; must be positive, or none to drop nothing",
+            "a capacity below one row, or without end; must be positive and finite, or"
+            " none to drop nothing",
         )
         require(
             factor is not None or not has_buffers(self.dispatcher),
@@ -124,14 +126,30 @@ class MoEConfig:
             factor,
             f"dispatcher={self.dispatcher!r} needs one; 1.25 is usual",
         )
+        self._without_effect("capacity_rounding", factor is None, "capacity_factor")
+        self._without_effect(
+            "capacity_priority",
+            factor is None and self.exchange_factor is None,
+            "capacity_factor or exchange_factor",
+        )
+
+    def _without_effect(self, name: str, idle: bool, partner: str) -> None:
+        """Refuse another value than the default where nothing reads it."""
+        value, default = getattr(self, name), getattr(MoEConfig, name)
+        require(
+            value == default or not idle,
+            name,
+            value,
+            f"has no effect without {partner}; give that, or leave it {default!r}",
+        )
 
     def _check_exchange(self) -> None:
         factor = self.exchange_factor
         require(
-            factor is None or factor > 0,
+            factor is None or 0 < factor < math.inf,
             "exchange_factor",
             factor,
-            "must be positive, or none to make room for everything",
+            "must be positive and finite, or none to make room for everything",
         )
         require(
             factor is None or takes(self.exchange, "rows"),
@@ -167,6 +185,11 @@ class MoEConfig:
             self.bias_rate,
             f"router={self.router!r} reads no bias; leave it none",
         )
+        stateless = {"similarities", "penalty"}.isdisjoint(self.sources)
+        partner = "a router that has means or a penalty"
+        self._without_effect("state_rate", stateless, partner)
+        plain = "cosines" not in self.sources
+        self._without_effect("router_width", plain, "a router that takes cosines")
         require(
             not self.router_bias or self.score_source == "logits",
             "router_bias",

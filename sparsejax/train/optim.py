@@ -102,6 +102,13 @@ class OptimConfig:
         for name in ("decay", "final"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, value, "must be a fraction, in [0, 1]")
+        require(
+            self.schedule == "wsd" or self.decay == OptimConfig.decay,
+            "decay",
+            self.decay,
+            f"the fall of schedule='wsd', which schedule={self.schedule!r} has not;"
+            " leave it out (that of weights is weight_decay)",
+        )
         require(self.accumulate > 0, "accumulate", self.accumulate, "must be positive")
         for pattern in self.no_decay:
             _check_pattern("no_decay", pattern)

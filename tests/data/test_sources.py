@@ -251,6 +251,7 @@ def test_a_file_appears_whole(tmp_path):
         ({"prefetch": -1}, "prefetch=-1: must not be negative"),
         ({"validation_every": 1}, "validation_every=1: must be at least 2"),
         ({"vocab_size": 257}, "vocab_size=257: must be at least 258"),
+        ({"vocab_size": 8000}, "vocab_size=8000: has no effect with tokenizer='bytes'"),
         ({"name": ""}, "name='': must not be empty"),
         ({"name": "lm1b", "files": ("a.txt",)}, "name='lm1b': contradicts files"),
         ({"name": "files"}, r"files=\(\): must name at least one"),

@@ -36,6 +36,10 @@ from tests.masked.networks import DOWN, EXPERTS, TX, UP, network, plan
         ({"density": 0.0}, r"density=0.0: must be in \(0, 1\]"),
         ({"density": 1.5}, "density=1.5"),
         ({"initial": 0.1}, "initial=0.1: must be at least density=0.25"),
+        (
+            {"initial": 0.5, "schedule": "constant"},
+            r"initial=0\.5: schedule='constant' has density=0\.25 from the first step",
+        ),
         ({"moved": 0.0}, "moved=0.0"),
         ({"begin": -2}, "begin=-2: must not be negative"),
         ({"end": 0}, "end=0: must be at least begin=2"),

@@ -246,6 +246,11 @@ def test_an_expert_axis_must_divide_the_experts():
         ({"experts": 0}, "experts=0: at least 1"),
         ({"z_weight": -1.0}, "z_weight=-1.0: at least 0"),
         ({"bias_rate": -1.0}, "bias_rate=-1.0"),
+        ({"capacity_factor": float("inf")}, "capacity_factor=inf: .* and finite, or"),
+        ({"capacity_rounding": "down"}, "'down': has no effect without capacity_f"),
+        ({"capacity_priority": "score"}, "'score': has no effect without capacity_f"),
+        ({"router_width": 8}, "router_width=8: has no effect without a router that"),
+        ({"state_rate": 0.1}, "state_rate=0.1: has no effect without a router that h"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
 )  # fmt: skip

@@ -260,7 +260,8 @@ def test_axes_say_which_parameters_are_matrices(axes, split):
 @pytest.mark.parametrize("schedule", ["cosine", "wsd", "inverse_sqrt", "constant"])
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_schedule_rises_to_its_peak_and_has_no_jump(schedule, warmup):
-    cfg = config(schedule=schedule, warmup=warmup, learning_rate=2.0, decay=0.5)
+    falls = {"decay": 0.5} if schedule == "wsd" else {}
+    cfg = config(schedule=schedule, warmup=warmup, learning_rate=2.0, **falls)
     values = np.array([make_schedule(cfg, 100)(step) for step in range(120)])
     assert values[warmup] == values.max() == 2.0
     assert values[0] == pytest.approx(2.0 / (warmup + 1))
@@ -336,6 +337,7 @@ def test_accumulate_is_left_to_the_step():
         ({"clip": -1.0}, "clip=-1.0: must be positive"),
         ({"warmup": -1}, "warmup=-1: must not be negative"),
         ({"decay": 1.5}, r"decay=1\.5: must be a fraction"),
+        ({"decay": 0.1}, r"decay=0\.1: the fall of schedule='wsd', .* weight_decay"),
         ({"final": -0.1}, r"final=-0\.1: must be a fraction"),
         ({"accumulate": 0}, "accumulate=0: must be positive"),
         ({"no_decay": ("(",)}, r"no_decay='\(': not a regular expression"),
