@@ -20,8 +20,9 @@ from sparsejax.typing import Array, PyTree
 
 __all__ = ["Measured", "Trace", "measure", "moments", "owners", "started", "traced"]
 
-# What optax calls them: Adam and Lion, SGD, Adafactor; Adam, Adafactor.
-FIELDS = {"momentum": ("mu", "trace", "ema"), "variance": ("nu", "v")}
+# What optax calls them, the first that there is: Adam, Lion and Muon, SGD, Adan; Adam,
+# Adan, whose v is another thing, Adafactor, whose ema is of updates, not of gradients.
+FIELDS = {"momentum": ("mu", "trace", "m"), "variance": ("nu", "n", "v")}
 DECAY = 0.9  # of the momentum that is kept for weights without one
 
 
@@ -113,14 +114,17 @@ def moments(
 ) -> dict[str, Array]:
     """Find ``momentum`` or ``variance`` of every path in an optimiser's state.
 
+    Adamax and SM3 give one of these names to something else: do not ask theirs.
+
     Raises:
         ValueError: if one is not there.
     """
     leaves, found = tree.leaves(inner), {}
-    for path, owner in owners(inner, tree.leaves(params)).items():
-        field = path.removesuffix(owner).rstrip("/").rpartition("/")[2]
-        if field in FIELDS[name]:
-            found[owner] = leaves[path]
+    owned = owners(inner, tree.leaves(params))
+    for field in FIELDS[name]:
+        for path, owner in owned.items():
+            if f"/{path}".removesuffix(f"/{owner}").endswith(f"/{field}"):
+                found.setdefault(owner, leaves[path])
     missing = [path for path in paths if path not in found]
     if missing:
         raise ValueError(

@@ -210,6 +210,8 @@ def test_learned_masks_move_while_weights_do_not():
     ("criterion", "tx", "finds"),
     [
         ("fisher", optax.adamw(1e-2), lambda s: s[0].nu),
+        ("fisher", optax.adan(1e-2), lambda s: s[0].n),
+        ("momentum", optax.adan(1e-2), lambda s: s[0].m),
         ("momentum", optax.lion(1e-2), lambda s: s[0].mu),
         ("momentum", optax.sgd(1e-2, momentum=0.9), lambda s: s[0].trace),
     ],
@@ -236,6 +238,9 @@ def test_an_optimiser_without_the_moment_is_refused():
     factored = optax.adafactor(1e-2, min_dim_size_to_factor=4)
     with pytest.raises(ValueError, match="choose an optimiser that keeps it"):
         sparse(factored, config).init(params())
+    of_updates = optax.adafactor(1e-2, momentum=0.9)
+    with pytest.raises(ValueError, match="momentum: the optimiser's state has no mu"):
+        sparse(of_updates, plan(criterion="momentum")).init(params())
 
 
 def test_movement_is_the_sum_of_what_the_loss_pushes_away_from_zero():
