@@ -174,6 +174,9 @@ def test_slurm_gets_an_array_script_for_what_is_missing(sweep, tmp_path, capsys)
     [
         (["--engine=lokal"], "--engine=lokal: no such engine; did you mean 'local'?"),
         (["--workers=999"], "--workers=999: must be in 1.."),
+        (["--workers=0"], "--workers=0: must be in 1.."),
+        (["--devices=0,"], "--devices=0,: must be ids, such as 0,1"),
+        (["--retries=-1"], "--retries=-1: must not be negative"),
         (["--devices=0,1", "--workers=3"], "must be in 1..2, the devices"),
         (["--only=0123"], "--only=0123: no such point"),
     ],
@@ -181,6 +184,16 @@ def test_slurm_gets_an_array_script_for_what_is_missing(sweep, tmp_path, capsys)
 def test_a_wrong_flag_is_one_line(sweep, capsys, flags, message):
     assert sweep(*flags) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--runs", "--results"])
+def test_a_place_that_cannot_be_written_is_one_line(sweep, tmp_path, capsys, flag):
+    (tmp_path / "file").write_text("")
+    assert sweep(f"{flag}={tmp_path}/file") == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {tmp_path}/file")
+    assert "cannot be written" in said
+    assert starts(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,12 @@ def main(argv: list[str] | None = None, *, entry: tuple[str, ...] = ENTRY) -> in
     except (ConfigError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except OSError as error:
+        sys.stderr.write(
+            f"error: {error.filename}: cannot be written ({error.strerror or error});"
+            " see to it and start the same command again: what has finished is kept\n"
+        )
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write(
             "interrupted; start the same command again: finished points are skipped,"
@@ -79,6 +85,8 @@ def main(argv: list[str] | None = None, *, entry: tuple[str, ...] = ENTRY) -> in
 
 
 def _main(flags: argparse.Namespace, entry: tuple[str, ...]) -> int:
+    if flags.retries < 0:
+        raise ConfigError(f"--retries={flags.retries}: must not be negative")
     name = Path(flags.config).stem
     wanted = _chosen(_named(points(read_sweep(flags.config))), flags.only)
     results = Results(Path(flags.results) / f"{name}.csv")
@@ -87,6 +95,8 @@ def _main(flags: argparse.Namespace, entry: tuple[str, ...]) -> int:
         done = [results.has(point.fingerprint) for point in wanted]
         listing(wanted, costs, done)
         return 0
+    if not flags.keep:
+        results.check()
     home = (ROOT / flags.runs / name).resolve()
     jobs = [Job(p, home / p.fingerprint, entry, flags.retries) for p in wanted]
     # A task of an array leaves the table to whoever collects.
@@ -128,8 +138,10 @@ def _run(
 
 
 def _options(flags: argparse.Namespace) -> Options:
-    devices = tuple(flags.devices.split(",")) if flags.devices else ()
-    workers = flags.workers or max(1, len(devices))
+    devices = () if flags.devices is None else tuple(flags.devices.split(","))
+    if not all(devices):
+        raise ConfigError(f"--devices={flags.devices}: must be ids, such as 0,1")
+    workers = max(1, len(devices)) if flags.workers is None else flags.workers
     limit = len(devices) or os.cpu_count() or 1
     if not 1 <= workers <= limit:
         what = "devices" if devices else "cores"

@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import errno
 import io
 import json
 import math
@@ -159,6 +160,18 @@ class Results:
         self.path = path
         self.rows = _read(path)
 
+    def check(self) -> None:
+        """See that rows can be appended, before anything runs for hours.
+
+        Raises:
+            OSError: if they cannot.
+        """
+        folder = self.path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        place = self.path if self.path.exists() else folder
+        if not os.access(place, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
     def has(self, fingerprint: str) -> bool:
         """Say whether a point has its row."""
         return any(row["fingerprint"] == fingerprint for row in self.rows)
@@ -167,7 +180,6 @@ class Results:
         """Write a row down; one that is there already is not written again."""
         if self.has(row["fingerprint"]):
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         if not self.path.exists() or not self.path.stat().st_size:

@@ -72,6 +72,7 @@ def line(fingerprint, **changes):
 
 def test_rows_are_appended_once_and_read_as_columns(tmp_path):
     results = Results(tmp_path / "a.csv")
+    results.check()
     for name, loss in (("x", 2.0), ("y", 3.0), ("x", 9.0)):
         results.append(line(name, loss=loss))
     assert Results(tmp_path / "a.csv").rows == results.rows
