@@ -87,6 +87,7 @@ def _multiply(table: Array | Table, ids: Array, x: Array) -> Array:
 def _add(table: Array | Table, ids: Array, weights: Array, x: Array) -> Array | Table:
     if isinstance(table, Table):
         return table.receive(ids, weights, x)
+    ids = jnp.where(_exists(table, ids), ids, table.shape[0])  # -1 would be the last
     return add_rows(ids, weights, x, slots=table.shape[0]).astype(table.dtype)
 
 

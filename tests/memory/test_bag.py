@@ -146,11 +146,15 @@ def test_no_tokens_make_no_rows_and_a_zero_gradient(fast, slow, width, key):
 
 @pytest.mark.parametrize(("fast", "slow", "width"), PAIRS)
 @pytest.mark.parametrize("bad", [M, -1])
-def test_ids_out_of_range_read_nan(fast, slow, width, bad, key):
+def test_ids_out_of_range_read_nan_and_give_no_gradient(fast, slow, width, bad, key):
     table, ids, other = operands(key, width)
-    y = fast(table, ids.at[0, 0].set(bad), other)
+    ids = jnp.zeros_like(ids).at[0, 0].set(bad)
+    y, pull = jax.vjp(lambda table: fast(table, ids, other), table)
     assert np.isnan(y[0]).any()
     assert np.isfinite(y[1:]).all()
+    (table_bar,) = pull(jnp.ones_like(y))
+    assert np.isfinite(table_bar).all()
+    assert not np.asarray(table_bar)[1:].any()
 
 
 @pytest.mark.parametrize(
