@@ -65,7 +65,7 @@ def product_key_top_k(
         _scores(half, keys[:, side])
         for side, half in enumerate(jnp.split(queries, 2, axis=-1))
     )
-    halves = jax.lax.stop_gradient((rows, columns))
+    halves = (_without_minus_zero(jax.lax.stop_gradient(x)) for x in (rows, columns))
     ids = per_token(partial(IMPLEMENTATIONS[implementation], k=k), *halves)
     ids = checkpoint_name(ids, "looked_up")  # few bytes, and a search to compute
     i, j = jnp.divmod(ids, keys.shape[2])
@@ -95,7 +95,10 @@ def _scores(
     queries: Float[Array, "n h c"], keys: Float[Array, "h r c"]
 ) -> Float[Array, "h n r"]:
     # Heads come first, as products leave them: turned about, they would be copied.
-    scores = jnp.einsum("nhc,hrc->hnr", queries, keys, preferred_element_type="float32")
+    return jnp.einsum("nhc,hrc->hnr", queries, keys, preferred_element_type="float32")
+
+
+def _without_minus_zero(scores: Float[Array, "h n r"]) -> Float[Array, "h n r"]:
     # top_k puts 0 before -0, which would hide a tie.
     return jnp.where(scores == 0, 0, scores)
 
