@@ -15,8 +15,9 @@ __all__ = ["most_specific", "rarity", "read_counts"]
 
 def read_counts(reads: Reads, *, layers: int, slots: int) -> Float[Array, "l m"]:
     """Count how often each row is read by tokens that have a gradient."""
-    felt = jnp.any(reads.vectors != 0, axis=-1, keepdims=True).astype(jnp.float32)
-    felt = jnp.broadcast_to(felt, reads.ids.shape)
+    # Of a bag it is in the vectors, of products it is the weights.
+    felt = jnp.any(reads.vectors != 0, axis=-1) & jnp.any(reads.weights != 0, axis=-1)
+    felt = jnp.broadcast_to(felt[:, None].astype(jnp.float32), reads.ids.shape)
     counts = jnp.zeros(layers * slots).at[reads.ids].add(felt, mode="drop")
     return counts.reshape(layers, slots)
 
@@ -39,7 +40,8 @@ def most_specific(reads: Reads, rare: Float[Array, "l m"], *, top: int) -> Reads
     """Keep the reads of the ``top`` rows of each layer that are most a batch's own.
 
     A row's score is its share of the batch's reads times its rarity; ties go to the
-    lower row. With ``top`` rows or fewer in a layer, all are kept.
+    lower row. With ``top`` rows or fewer in a layer, all are kept. Reads by tokens
+    without a gradient are none.
 
     Source: Lin et al. 2025, arXiv:2510.15103, Sec. 3.
     """
@@ -51,5 +53,6 @@ def most_specific(reads: Reads, rare: Float[Array, "l m"], *, top: int) -> Reads
     _, best = jax.lax.top_k(score, min(top, slots))
     flat = best + slots * jnp.arange(layers, dtype=best.dtype)[:, None]
     chosen: Bool[Array, " n"] = jnp.zeros(layers * slots, bool).at[flat].set(True)
+    chosen &= counts.reshape(-1) > 0
     kept = chosen.at[reads.ids].get(mode="fill", fill_value=False)
     return reads._replace(ids=jnp.where(kept, reads.ids, layers * slots))
