@@ -50,8 +50,12 @@ def differentiable(by_weights: ByWeights, by_rows: ByRows) -> Callable[..., Arra
     ) -> Array:
         return by_weights(x, values, columns, rows, grid[1], turned=False)
 
-    def forward(*operands: Any) -> tuple[Array, Any]:
-        return product(*operands), operands[:4]
+    def forward(
+        x: Array, values: Array, rows: Array, columns: Array, grid: tuple[int, int]
+    ) -> tuple[Array, Any]:
+        # Not product, which has no forward mode: curvature is that of a gradient.
+        y = by_weights(x, values, columns, rows, grid[1], turned=False)
+        return y, (x, values, rows, columns)
 
     def backward(grid: tuple[int, int], residuals: Any, dy: Array) -> tuple[Any, ...]:
         x, values, rows, columns = residuals

@@ -1,6 +1,7 @@
 """block_sparse_matmul: every implementation against the dense matrix, and its edges."""
 
 import contextlib
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +158,20 @@ def test_entries_may_come_in_any_order_and_add_up(key, name):
     exact = exactly(x, full, dy)
     for a, b in zip(RUN[name](x, mixed, dy)[:2], exact[:2], strict=True):
         assert_near(a, b)
+
+
+def test_curvature_is_that_of_the_dense_product(key):
+    x, w, dy = operands(key)
+    blocks = BlockSparse.from_dense(w, ALL)
+
+    @partial(jax.jit, static_argnums=0)
+    def curved(product, x):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(product(x)) * dy))
+        return jax.jvp(gradient, (x,), (jnp.cos(x),))[1]
+
+    fast = partial(block_sparse_matmul, w=blocks, implementation="xla")
+    exact = curved(lambda x: x @ w, x)
+    np.testing.assert_allclose(curved(fast, x), exact, rtol=1e-4, atol=1e-3)
 
 
 def test_a_dense_matrix_comes_back_as_it_was(key):

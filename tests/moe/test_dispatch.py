@@ -102,6 +102,20 @@ def test_dense_is_the_loop_over_tokens_and_choices(router):
 
 
 @pytest.mark.parametrize("dispatcher", FAST)
+def test_curvature_is_that_of_the_dense_oracle(dispatcher):
+    x, _, experts = problem()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def curved(dispatcher, x):
+        def total(x):
+            return jnp.sin(apply(dispatcher, x, routed("softmax_top_k"), experts)).sum()
+
+        return jax.jvp(jax.grad(total), (x,), (jnp.cos(x),))[1]
+
+    assert_close(curved(dispatcher, x), curved("dense", x), 1e-4)
+
+
+@pytest.mark.parametrize("dispatcher", FAST)
 @pytest.mark.parametrize("router", sorted(ROUTERS))
 def test_pair_equals_the_dense_oracle_in_values_and_gradients(router, dispatcher):
     fast, slow = (value_and_gradients(d, router) for d in (dispatcher, "dense"))
