@@ -143,10 +143,10 @@ def finetune(
 def _frozen(config: Config, model: Transformer) -> OptimConfig:
     """Let only the tables move, and nothing decay."""
     params = nnx.state(model, nnx.Param)
-    paths = Tables(config.optim, config.train.steps, params).rates
+    optim = dataclasses.replace(config.optim, weight_decay=0.0)
+    paths = Tables(optim, config.train.steps, params).rates
     tables = "|".join(f"^{re.escape(path)}$" for path in paths)
-    rates = {tables: 1.0, "": 0.0}
-    return dataclasses.replace(config.optim, rates=rates, weight_decay=0.0)
+    return dataclasses.replace(optim, rates={tables: 1.0, "": 0.0})
 
 
 def _seen(

@@ -135,7 +135,8 @@ class Step:
             opt = self.optimizer.init(params)
         else:
             if self.config.masked is not None:
-                self.tables.refuse_masks(targets(params, self.config.masked))
+                plan = self.config.masked
+                self.tables.refuse_masks(plan, targets(params, plan))
             rest = self.optimizer.init(split(params)[1])
             opt = BothStates(rest, self.tables.init(params))
         fault, flips = jnp.full(2, -1, jnp.int32), {}

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.tree_util import tree_map_with_path
 
 from sparsejax.config import ConfigError
+from sparsejax.masked import MaskedConfig
 from sparsejax.memory import lazy
 from sparsejax.memory.rows import Rows, row_gradient
 from sparsejax.memory.specific import most_specific, read_counts
@@ -29,7 +30,7 @@ from sparsejax.typing import Array, Float, Int, PyTree
 __all__ = ["BothStates", "TableState", "Tables", "split"]
 
 
-MOST_DECAY = 60.0  # rates times decay of a run: float32 ends at e^-87
+MOST_DECAY = 60.0  # rows of a run shrink by e^-60 at most: float32 ends at e^-87
 
 
 class TableState(NamedTuple):
@@ -73,14 +74,22 @@ class Tables:
         self._check_decay(steps)
 
     def _check_decay(self, steps: int) -> None:
-        """Refuse decay whose scalar would leave float32 before the run ends."""
+        """Refuse decay of rows that may not move, or beyond what float32 holds."""
         if not any(self.decays.values()):
             return
         sample = np.linspace(0, steps - 1, min(steps, 1000))
         with jax.ensure_compile_time_eval():
-            mean = float(jnp.mean(jax.vmap(self.schedule)(jnp.asarray(sample))))
+            rates = np.asarray(jax.vmap(self.schedule)(jnp.asarray(sample)))
         for path, decay in self.decays.items():
-            total = mean * steps * self.rates[path] * decay
+            if decay and self.rows is not None:
+                raise ConfigError(
+                    f"config.optim.weight_decay={decay}: would move every row of"
+                    f" {path}, and table_rows={self.rows} of a layer may move; set it"
+                    " to 0, or name the path in optim.no_decay"
+                )
+            lost = np.minimum(rates * self.rates[path] * decay, 1)
+            with np.errstate(divide="ignore"):  # all of it at once is e^-inf
+                total = -np.log1p(-lost).mean() * steps
             if total > MOST_DECAY:
                 raise ConfigError(
                     f"config.optim.weight_decay={decay}: {path} would shrink by"
@@ -89,12 +98,19 @@ class Tables:
                     " the path in optim.no_decay"
                 )
 
-    def refuse_masks(self, masked: Iterable[str]) -> None:
+    def refuse_masks(self, plan: MaskedConfig, masked: Iterable[str]) -> None:
         """Refuse masks on tables, whose weights would have to be zero unread.
 
         Raises:
-            ConfigError: naming the first table that has one.
+            ConfigError: naming the first table that has one; for a plan that rewinds,
+                which tables cannot.
         """
+        if plan.rewind is not None:
+            raise ConfigError(
+                f"config.masked.rewind={plan.rewind}: tables whose rows follow"
+                f" {self.name!r} cannot go back to earlier weights; set it, or"
+                " config.optim.tables, to none"
+            )
         for path in masked:
             if path in self.rates:
                 raise ConfigError(

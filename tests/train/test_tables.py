@@ -234,6 +234,28 @@ def test_rows_without_a_table_to_read_are_refused():
     refused({**values, "model": model}, "optim.tables='adam'.*set it to none")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"weight_decay": 0.1, "table_rows": 3}, "weight_decay=0.1: would move every"),
+        (
+            {"weight_decay": 1.0, "learning_rate": 1.0},
+            r"values would shrink by e\^-inf",
+        ),
+        ({"weight_decay": 60.0, "learning_rate": 0.1}, "would shrink by e"),
+    ],
+)
+def test_decay_that_rows_cannot_follow_is_refused(changes, message):
+    optim = {"learning_rate": 3e-3, "schedule": "constant", "tables": "sgd"}
+    refused({**toy.TOY, "masked": None, "optim": optim | changes}, message)
+
+
+def test_masks_that_rewind_are_refused_beside_rows():
+    values = {**toy.TOY, "optim": {**toy.TOY["optim"], "tables": "adam"}}
+    masks = {**toy.TOY["masked"], "rewind": 2}
+    refused({**values, "masked": masks}, "masked.rewind=2: tables whose rows")
+
+
 def test_masks_on_a_table_that_is_trained_by_rows_are_refused():
     values = {**toy.TOY, "optim": {**toy.TOY["optim"], "tables": "adam"}}
     masks = {**toy.TOY["masked"], "include": ("memory/values",)}
