@@ -86,7 +86,7 @@ FAMILIES: dict[str, Family] = {
         Fields(
             (*SIZES, HEAD, EPSILON, *DENSE),
             {**PLAIN, "ffn.kind": "gated", "attention.qkv_biases": True},
-            Windows("listed", size=4096, switched=True),
+            Windows("listed", size=4096, first=28, switched=True),
             context=32_768,
         ),
         (*ENDS, *ATTENTION, *BIASES, *GATED),
@@ -96,7 +96,7 @@ FAMILIES: dict[str, Family] = {
         Fields(
             (*SIZES, HEAD._replace(default=128), EPSILON, *DENSE, MAY_BIAS),
             {**NORMED, "ffn.kind": "gated"},
-            Windows("listed", size=4096, switched=True),
+            Windows("listed", size=4096, first=28, switched=True),
             context=32_768,
         ),
         (*ENDS, *ATTENTION, *BIASES, *HEAD_NORMS, *GATED),
@@ -227,7 +227,7 @@ FAMILIES: dict[str, Family] = {
                 "ffn.router": "sigmoid_top_k",
                 "ffn.bias_rate": 0.0,
             },
-            Windows("listed", size=4096),
+            Windows("listed", size=4096, first=62),
         ),
         (*ENDS, *ATTENTION, *BIASES, *HEAD_NORMS, *GATED, *WITH_SHARED, BIAS),
     ),

@@ -25,6 +25,7 @@ __all__ = [
     "Described",
     "Field",
     "Fields",
+    "check_kinds",
     "describe",
     "document",
     "only",
@@ -52,6 +53,17 @@ IDLE = frozenset(
         *("rope_theta", "rope_scaling", "rope_parameters"),
     }
 )
+# What is read apart from the list, or before it, must be of these kinds.
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), dict),
+    **dict.fromkeys(("architectures", "layer_types"), list),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings"), int),
+    **dict.fromkeys(("num_hidden_layers", "max_window_layers", "sliding_window"), int),
+    **dict.fromkeys(("num_nextn_predict_layers", "num_mtp_layers"), int),
+    "n_shared_experts": int,
+    "model_type": str,
+    "use_sliding_window": bool,
+}
 # Fields of ours that change speed, precision or training, and no exact output.
 FREE = frozenset(
     {
@@ -103,6 +115,17 @@ class Described(NamedTuple):
 def only(name: str, *values: Any) -> Field:
     """Take these values alone; the first where the file is silent."""
     return Field((name,), default=values[0], taken=values)
+
+
+def check_kinds(there: Mapping[str, Any], *, source: str) -> None:
+    """Raise ``ConfigError`` naming every field that is, say, a number for a list."""
+    faults = [
+        f"{name}={there[name]!r}: expected {kind.__name__}"
+        for name, kind in KINDS.items()
+        if there.get(name) is not None and type(there[name]) is not kind
+    ]
+    if faults:
+        raise ConfigError(f"{source}: " + "; ".join(faults))
 
 
 def describe(fields: Fields, there: Mapping[str, Any], *, source: str) -> Described:
@@ -198,6 +221,8 @@ def _ours(
             legal = " or ".join(map(repr, field.taken))
             raise ConfigError(f"{name}={value!r} is not supported here; only {legal}")
         return {}
+    if isinstance(value, list | dict):
+        raise ConfigError(f"{name}={value!r}: expected a single value")
     if field.words:
         if value not in field.words:
             legal = ", ".join(map(str, field.words))

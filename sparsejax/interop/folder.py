@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsejax.interop.fields import check_kinds
 from sparsejax.interop.files import CheckpointFileError, read
 from sparsejax.interop.load import Source
 from sparsejax.interop.mxfp4 import opened
@@ -28,10 +29,12 @@ def open_folder(path: Path) -> Source:
 
     Raises:
         CheckpointFileError: if the folder holds none, or a file of it is not whole.
+        ConfigError: if a field of its config is of another kind than it must be.
     """
     if not path.is_dir():
         raise CheckpointFileError(f"{path}: no such folder")
     config = read_json(path / "config.json")
+    check_kinds(config, source=str(path / "config.json"))
     if (path / INDEX).is_file():
         return _source(path, config, _sharded(path))
     if (path / SINGLE).is_file():

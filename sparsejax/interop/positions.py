@@ -42,6 +42,7 @@ class Windows(NamedTuple):
 
     where: str = "never"
     size: int | None = None  # where the file is silent
+    first: int = 0  # ``max_window_layers``, likewise
     switched: bool = False  # whether ``use_sliding_window`` turns it on
     alternate: bool = False
 
@@ -64,29 +65,47 @@ def read_rope(
     """Give ``rope_theta`` and ``rope_scaling``, from the older or newer spelling.
 
     Raises:
-        ConfigError: for a scaling that is not one of ``SCALINGS``.
+        ConfigError: for a scaling that is not one of ``SCALINGS``, and for two
+            spellings that say different things.
     """
-    spelled = [there.get(x) for x in ("rope_parameters", "rope_scaling")]
-    given = dict(next((x for x in spelled if x), None) or silent or {})
+    spelled = {x: there.get(x) for x in ("rope_scaling", "rope_parameters")}
+    given = {name: value for name, value in spelled.items() if value}
+    told = [_rope(x, there, theta, context) for x in given.values()]
+    if told[1:] and told[0] != told[1]:
+        both = " and ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ConfigError(
+            f"{both} say different things, with rope_theta={there.get('rope_theta')!r};"
+            " remove the wrong one"
+        )
+    return told[0] if told else _rope(silent or {}, there, theta, context)
+
+
+def _rope(
+    told: Mapping[str, Any], there: Mapping[str, Any], theta: float, context: int
+) -> dict[str, Any]:
+    """Read one of the spellings."""
+    given = dict(told)
     theta = given.pop("rope_theta", None) or there.get("rope_theta") or theta
+    if not isinstance(theta, int | float):
+        raise ConfigError(f"rope_theta={theta!r}: expected a number")
+    found = {"attention.rope_theta": float(theta)}
     kind = given.pop("rope_type", None) or given.get("type", "default")
     given.pop("type", None)
-    if given.pop("partial_rotary_factor", 1.0) != 1.0:
+    if given.pop("partial_rotary_factor", None) not in (None, 1.0):
         raise ConfigError("partial_rotary_factor: rotations of all channels only")
-    found = {"attention.rope_theta": float(theta)}
-    if kind == "default":
-        return found
-    if kind not in SCALINGS:
+    if kind not in ("default", *SCALINGS):
         legal = ", ".join(SCALINGS)
         raise ConfigError(f"rope_type={kind!r} is not supported here; only {legal}")
-    names = SCALINGS[kind]
+    names = SCALINGS.get(kind, {})
     trained = there.get("max_position_embeddings", context)
     given.setdefault("original_max_position_embeddings", trained)
-    if kind == "linear":
+    if "original_max_position_embeddings" not in names:
         del given["original_max_position_embeddings"]
     odd = sorted(k for k, v in given.items() if k not in names and v is not None)
     if odd:
         raise ConfigError(f"rope: {', '.join(odd)} of {kind!r} is not supported here")
+    if kind == "default":
+        return found
     values = {ours: given.get(name, silent) for name, (ours, silent) in names.items()}
     values = {ours: value for ours, value in values.items() if value is not None}
     return found | {"attention.rope_scaling": {"kind": kind, **values}}
@@ -113,13 +132,20 @@ def read_windows(
     """Give pattern, arguments and ``dense_every``.
 
     Raises:
-        ConfigError: if windows come and go without a period.
+        ConfigError: if windows come and go without a period, or layers see something
+            else.
     """
+    listed = there.get("layer_types") or [FULL] * depth
+    if len(listed) != depth or any(kind not in (FULL, SLIDING) for kind in listed):
+        raise ConfigError(
+            f"layer_types={listed!r}: must be {FULL!r} or {SLIDING!r} for each of"
+            f" {depth} layers"
+        )
     size = there.get("sliding_window", windows.size)
     if windows.switched and not there.get("use_sliding_window", False):
         size = None
     if windows.where == "never" or size is None:
-        if SLIDING in (there.get("layer_types") or ()):
+        if SLIDING in listed:
             raise ConfigError("layer_types: windows, but no sliding_window")
         return {"attention.pattern": "causal"}
     kinds = _kinds(there, windows, depth)
@@ -146,7 +172,8 @@ def _kinds(there: Mapping[str, Any], windows: Windows, depth: int) -> list[str]:
         return list(there["layer_types"])
     if windows.alternate:
         return [FULL if index % 2 else SLIDING for index in range(depth)]
-    first = there.get("max_window_layers", depth)
+    first = there.get("max_window_layers")
+    first = windows.first if first is None else first
     return [SLIDING if index >= first else FULL for index in range(depth)]
 
 

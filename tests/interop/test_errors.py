@@ -17,8 +17,10 @@ from sparsejax.interop.folder import INDEX, SINGLE
 from sparsejax.nn import ModelConfig
 from tests.interop.checkpoints import config_of, tensors_of, write_folder
 
+SILENT = {"rope_scaling": None}
 MSCALE = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0}
 MSCALE |= {"original_max_position_embeddings": 16}
+FULL = "full_attention"
 NORM = "model.norm.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -74,6 +76,26 @@ def test_a_tied_head_that_was_written_twice_is_read_once(written):
         ({"rope_scaling": {"rope_type": "dynamic"}}, "rope_type='dynamic'"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "x": 1}}, "x of 'linear'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rotations of all"),
+        (
+            {"rope_parameters": {"rope_theta": 9.0}},
+            "rope_scaling=.* and rope_param.* say",
+        ),
+        (
+            {"rope_parameters": {"full_attention": {}}, **SILENT},
+            "full_attention of 'def",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": "9"}, **SILENT},
+            "rope_theta='9': expected",
+        ),
+        ({"rope_scaling": 4}, "rope_scaling=4: expected dict"),
+        (
+            {"quantization_config": "mxfp4"},
+            "quantization_config='mxfp4': expected dict",
+        ),
+        ({"architectures": 5}, "architectures=5: expected list"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers='2': expected int"),
+        ({"hidden_act": ["silu"]}, r"hidden_act=\['silu'\]: expected a single value"),
         ({"quantization_config": {"bits": 4}}, "weights are quantized"),
         ({"architectures": ["BertModel"]}, r"\['BertModel'\] are not known here; .*Ll"),
         ({"hidden_size": 18}, "heads=4: must divide width=18|misshapen"),
@@ -106,8 +128,19 @@ def test_a_config_that_computes_something_else_is_refused(written, changes, mess
             "gpt_oss",
             {
                 "num_hidden_layers": 3,
-                "layer_types": ["full_attention", "sliding_attention"] * 2,
+                "layer_types": [FULL, "sliding_attention", FULL],
             },
+            "only windows in all layers, or in all but every n-th",
+        ),
+        ("gpt_oss", {"layer_types": [FULL] * 3}, "must be .* for each of 2 layers"),
+        (
+            "qwen3",
+            {"layer_types": [FULL, "linear_attention"]},
+            "'linear_attention'.*must",
+        ),
+        (
+            "qwen2",
+            {"num_hidden_layers": 30, "use_sliding_window": True},
             "only windows in all layers, or in all but every n-th",
         ),
     ],
@@ -116,6 +149,14 @@ def test_what_a_family_can_say_but_not_do_here_is_refused(family, changes, messa
     fields = FAMILIES[family].fields
     with pytest.raises(ConfigError, match=message):
         describe(fields, config_of(family, **changes), source="here")
+
+
+def test_two_spellings_of_the_same_rotations_are_read():
+    there = config_of("llama")
+    newer = there["rope_scaling"] | {"rope_theta": there["rope_theta"]}
+    fields = FAMILIES["llama"].fields
+    both = describe(fields, there | {"rope_parameters": newer}, source="here")
+    assert both == describe(fields, there, source="here")
 
 
 def test_what_means_nothing_to_a_family_changes_nothing():
