@@ -94,9 +94,8 @@ class FileTokenizer:
         return np.concatenate([opening, self.encode(text)])
 
     def decode(self, ids: Iterable[int] | Int[np.ndarray, " n"]) -> str:
-        """Give the text of ids; specials are dropped."""
-        known = self._tokens.get_vocab_size(with_added_tokens=True)
-        return self._tokens.decode([i for i in map(int, ids) if i < known])
+        """Give the text of ids; specials and ids without one are dropped."""
+        return self._tokens.decode([int(i) for i in ids])
 
     def id_of(self, name: str) -> int | None:
         """Give the id of a special, ``eos_token`` say; None if it is not named."""

@@ -88,6 +88,13 @@ def test_a_model_may_have_more_ids_than_the_file_and_not_fewer():
         FileTokenizer(byte_level(), vocab_size=100)
 
 
+def test_ids_past_a_hole_in_the_vocabulary_are_text():
+    tokenizer = FileTokenizer(spelled_by_words().replace('"é":259', '"é":999'))
+    assert tokenizer.vocab_size == 1000
+    assert tokenizer.encode("éa").tolist() == [999, 257]
+    assert tokenizer.decode([999, 400, 257]) == "éa"
+
+
 def test_what_is_no_tokenizer_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no such tokenizer file"):
         read_tokenizer(tmp_path / "tokenizer.json")
