@@ -5,7 +5,6 @@ and takes prompts of different lengths.
 """
 
 import functools
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,16 +17,23 @@ from sparsejax.nn.transformer import Transformer
 from sparsejax.partition import platform
 from sparsejax.typing import Array, Float, Int, PRNGKeyArray, PyTree
 
+LEAST, MOST = (float(x) for x in (np.finfo("float32").tiny, np.finfo("float32").max))
+
 
 def nucleus(logits: Float[Array, "b v"], *, top_p: float) -> Float[Array, "b v"]:
     """Keep the fewest tokens whose probability reaches ``top_p``; the rest is -inf.
 
+    All are kept at 1, where a sum of rounded numbers may be there before the last.
+
     Source: Holtzman et al. 2019, arXiv:1904.09751, Sec. 3.1.
     """
+    if top_p == 1:
+        return logits
     best = -jnp.sort(-logits, axis=-1)
     probability = jax.nn.softmax(best, axis=-1)
     before = jnp.cumsum(probability, axis=-1) - probability
-    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)  # at least the best one
+    kept = jnp.sum(before < top_p, axis=-1, keepdims=True)
+    kept = jnp.maximum(kept, 1)  # a share may be too small for single precision
     threshold = jnp.take_along_axis(best, kept - 1, axis=-1)
     return jnp.where(logits >= threshold, logits, -jnp.inf)
 
@@ -36,9 +42,10 @@ def draw(
     logits: Float[Array, "b v"], key: PRNGKeyArray, *, temperature: float, top_p: float
 ) -> Int[Array, " b"]:
     """Draw the next tokens; temperature 0 takes the most likely."""
-    if temperature == 0:
+    if temperature < LEAST:  # as good as 0, and 0 where the device flushes
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    kept = nucleus(logits / temperature, top_p=top_p)
+    below = logits - logits.max(axis=-1, keepdims=True)  # so that none becomes inf
+    kept = nucleus(below / temperature, top_p=top_p)
     return jax.random.categorical(key, kept, axis=-1).astype(jnp.int32)
 
 
@@ -65,9 +72,9 @@ def generate(
 
     Raises:
         ValueError: if temperature is negative, top_p is not in (0, 1], or there are
-            more tokens than the model is made for.
+            fewer tokens than none or more than the model is made for.
     """
-    _check_drawing(temperature, top_p)
+    _check_drawing(tokens, temperature, top_p)
     check_length(model, prompt.shape[1] + tokens)
     pick = functools.partial(draw, temperature=temperature, top_p=top_p)
     block = model.config.attention.block_kv
@@ -86,8 +93,10 @@ def generate(
     return chosen.T
 
 
-def _check_drawing(temperature: float, top_p: float) -> None:
-    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
+def _check_drawing(tokens: int, temperature: float, top_p: float) -> None:
+    if tokens < 0:
+        raise ValueError(f"tokens={tokens}: must not be negative; 0 draws nothing")
+    if not 0 <= temperature <= MOST or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature={temperature}, top_p={top_p}: temperature must not be"
             " negative or infinite, and top_p must be in (0, 1]"
@@ -119,7 +128,7 @@ def stream(
     Raises:
         ValueError: as ``generate`` does, and for an empty prompt.
     """
-    _check_drawing(temperature, top_p)
+    _check_drawing(tokens, temperature, top_p)
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
         raise ValueError("prompts: give at least one, of at least one token")

@@ -48,6 +48,20 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_the_share():
     assert kept == [1, 2, 2, 4]
 
 
+def test_a_nucleus_of_everything_keeps_what_rounding_would_lose():
+    logits = jnp.concatenate([jnp.zeros((1, 9)), jnp.full((1, 9), -30.0)], axis=1)
+    assert np.isfinite(nucleus(logits, top_p=1.0)).all()
+    assert np.isfinite(nucleus(logits[:, 8:], top_p=1e-50)).sum() == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-37, 1e38])
+def test_draws_at_extreme_temperatures_are_real_tokens(temperature):
+    logits = jnp.broadcast_to(jnp.array([0.0, 9.0, 60.0, -jnp.inf]), (64, 4))
+    how = {"temperature": temperature, "top_p": 0.99}
+    drawn = draw(logits, jax.random.key(0), **how)
+    assert set(drawn.tolist()) == ({2} if temperature < 1 else {0, 1, 2})
+
+
 def test_the_nucleus_does_not_depend_on_the_order():
     logits = jnp.log(jnp.array([[0.05, 0.3, 0.5, 0.15]]))
     np.testing.assert_array_equal(
@@ -65,16 +79,21 @@ def test_draws_follow_the_probabilities():
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}],
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"temperature": 1e39},
+        {"top_p": 0.0},
+        {"tokens": -1},
+    ],
 )
 def test_impossible_options_are_refused(model, options):
-    with pytest.raises(ValueError, match="temperature must not be negative"):
+    with pytest.raises(ValueError, match="must not be negative"):
         generate(
             model,
             jnp.zeros((1, 2), jnp.int32),
-            tokens=1,
             key=jax.random.key(0),
-            **options,
+            **{"tokens": 1, **options},
         )
 
 
