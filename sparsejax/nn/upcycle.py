@@ -4,6 +4,8 @@ A conversion is a pure function from a model and another config to a model of it
 parameter that both have is taken over; what only the new one has is drawn.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -96,5 +98,18 @@ def _check(dense: ModelConfig, sparse: ModelConfig, drop: float) -> None:
             f" must be like the feed-forward, hidden={old.hidden},"
             f" activation={old.activation!r}, with a gate"
         )
+    for name, plain in (("shared", 0), ("hops", 1)):
+        if getattr(new, name) != plain:
+            raise ConfigError(
+                f"model.ffn.{name}={getattr(new, name)}: must be {plain}; more is added"
+                " to what the copies of the feed-forward give"
+            )
+    for field in dataclasses.fields(ModelConfig):
+        own, other = (getattr(config, field.name) for config in (dense, sparse))
+        if field.name != "ffn" and other != own:
+            raise ConfigError(
+                f"model.{field.name}={other!r}: must be the dense model's, {own!r};"
+                " only ffn may differ"
+            )
     if not 0 <= drop <= 1:
         raise ConfigError(f"drop={drop}: must be between 0 and 1")

@@ -147,9 +147,19 @@ def test_what_is_drawn_again_has_the_mean_and_deviation_of_what_was():
     ("ffn", "drop", "message"),
     [({"hidden": 8}, 0.0, "experts of hidden=8.*must be like the feed-forward"),
      ({"activation": "gelu"}, 0.0, "activation='gelu'"),
+     ({"shared": 8}, 0.0, "ffn.shared=8: must be 0"),
+     ({"hops": 2}, 0.0, "ffn.hops=2: must be 1"),
      ({}, 1.5, "drop=1.5: must be between 0 and 1")],
 )  # fmt: skip
 def test_what_would_not_begin_as_the_dense_model_is_refused(ffn, drop, message):
     dense, config = dense_and(**ffn)
     with pytest.raises(ConfigError, match=message):
         upcycled(dense, config, key=KEY, drop=drop)
+
+
+@pytest.mark.parametrize("change", [{"depth": 3}, {"heads": 4}, {"tied": False}])
+def test_upcycling_changes_nothing_but_the_feed_forward(change):
+    dense, config = dense_and()
+    [(name, value)] = change.items()
+    with pytest.raises(ConfigError, match=f"model.{name}={value}: must be the dense"):
+        upcycled(dense, dataclasses.replace(config, **change), key=KEY)
