@@ -282,7 +282,6 @@ class Step:
             before.tables,
             rows,
             step=state.step,
-            clock=self._clock(state),
             factor=factor,
         )
         params = nnx.merge_state(tables, moved)

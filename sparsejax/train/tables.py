@@ -204,24 +204,21 @@ class Tables:
         *,
         step: Int[Array, ""],
         factor: Float[Array, ""],
-        clock: Int[Array, ""] | None = None,
     ) -> tuple[PyTree, TableState, Float[Array, ""]]:
         """Move the rows that were read, in place.
 
         Args:
             step: updates done before this one.
             factor: that clipping multiplies gradients with.
-            clock: what the rate's schedule counts; those updates, if it is None.
 
         Returns:
             The tables, their state, and the sum of squares of what was added, without
             decay.
         """
         moments, scale, squares = {}, {}, []
-        clock = step if clock is None else clock
 
         def one(path: str, table: nnx.Variable) -> nnx.Variable:
-            rate = jnp.asarray(self.schedule(clock)) * self.rates[path]
+            rate = jnp.asarray(self.schedule(step)) * self.rates[path]
             stored = rate
             if self.decays[path]:
                 scale[path] = state.scale[path] * (1 - rate * self.decays[path])

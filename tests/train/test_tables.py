@@ -130,8 +130,8 @@ def sum_of(graph, params, x):
     return jnp.sum(nnx.merge(graph, params)(x).value)
 
 
-def read_once(rows, rare=None):
-    """A layer's tables after one reading: rule, parameters, state, what was told."""
+def moved_rows(rows, rare=None):
+    """The rows of each table that a step of a layer moves, and what it has read."""
     config = PEERConfig(sub_keys=4, heads=2, per_head=2, key_width=4)
     graph, params = nnx.split(PEER(config, 8, rngs=nnx.Rngs(0)))
     x = jax.random.normal(jax.random.key(0), (1, 6, 8))
@@ -146,34 +146,13 @@ def read_once(rows, rare=None):
         armed = tables.armed(params, state, sinks)
         return sum_of(graph, nnx.merge_state(armed, split(params)[1]), x)
 
-    return tables, params, state, jax.grad(loss)(tables.sinks(params, 6))
-
-
-def change(tables, params, state, told, **clock):
-    """What a step adds to each table."""
-    clock = {name: jnp.asarray(x, "int32") for name, x in clock.items()}
+    told = jax.grad(loss)(tables.sinks(params, 6))
+    about = {"step": jnp.zeros((), "int32"), "factor": jnp.ones(())}
     found = tables.gradients(params, state, told)
-    after = tables.update(params, state, found, factor=jnp.ones(()), **clock)[0]
-    before = leaves(params)
-    return {p: np.asarray(y) - np.asarray(before[p]) for p, y in leaves(after).items()}
-
-
-def moved_rows(rows, rare=None):
-    """The rows of each table that a step of a layer moves, and what it has read."""
-    tables, params, state, told = read_once(rows, rare)
-    moved = change(tables, params, state, told, step=0)
-    moved = {path: (x != 0).any(-1) for path, x in moved.items()}
+    after, before = leaves(tables.update(params, state, found, **about)[0]), params
+    before = {path: np.asarray(y) for path, y in leaves(before).items()}
+    moved = {p: (np.asarray(y) != before[p]).any(-1) for p, y in after.items()}
     return moved, tables.counts(params, told)
-
-
-def test_the_rate_of_rows_is_that_of_the_clock():
-    """Masks that rewind send it back, and with it every rate that is used."""
-    known = read_once(None)
-    early, back = change(*known, step=0), change(*known, step=9, clock=0)
-    late = change(*known, step=9)
-    for path, x in early.items():
-        np.testing.assert_array_equal(back[path], x)
-        assert 0 < np.abs(late[path]).max() < 0.2 * np.abs(x).max()
 
 
 def test_a_step_moves_the_rows_that_are_specific_and_no_others():
