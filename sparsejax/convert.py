@@ -34,6 +34,7 @@ from sparsejax.config import (
     convert,
     near,
     override,
+    require,
     to_dict,
 )
 from sparsejax.data import open_data
@@ -179,9 +180,12 @@ def table(workdir: Path, out: Path, *, kind: str, experts: int, batches: int) ->
 
     Raises:
         ConfigError: if there is no such kind of table.
+        FieldError: if ``out`` is in no folder that is there.
     """
     if kind not in TABLES:
         raise ConfigError(f"--kind={kind}: no such table{near(kind, TABLES)}")
+    room = out.parent.is_dir() and not out.is_dir()
+    require(room, "--out", str(out), "must be a file in a folder that is there")
     model, tokenizer = load(workdir)
     ids = tokenizer.vocab_size
     evidence = {
@@ -190,8 +194,11 @@ def table(workdir: Path, out: Path, *, kind: str, experts: int, batches: int) ->
         "clustered": lambda: np.asarray(model.embedding[...])[:ids],
         "dispersed": lambda: np.asarray(model.embedding[...])[:ids],
     }
-    with out.open("wb") as file:
-        np.save(file, TABLES[kind](evidence[kind](), experts))
+    made = TABLES[kind](evidence[kind](), experts)
+    draft = out.with_name(f".{out.name}.part")
+    with draft.open("wb") as file:
+        np.save(file, made)
+    draft.replace(out)
 
 
 def _counts(workdir: Path, ids: int, batches: int) -> np.ndarray:
@@ -237,8 +244,11 @@ def main(argv: list[str] | None = None) -> int:
     elif overrides:
         _parser().error(f"unrecognized arguments: {' '.join(overrides)}")
     try:
+        for flag in ("experts", "per_token", "batches"):
+            value = flags.get(flag, 1)
+            require(value >= 1, f"--{flag}", value, "must be at least 1")
         command(flags.pop("workdir"), flags.pop("out"), **flags)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0

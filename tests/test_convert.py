@@ -77,6 +77,13 @@ def test_tables_are_made_of_a_run(dense_run, tmp_path):
         assert set(table) <= set(range(4))
 
 
+def test_a_table_that_cannot_be_made_leaves_no_file(dense_run, tmp_path, capsys):
+    flags = [f"--workdir={dense_run[1]}", f"--out={tmp_path / 'x'}", "--kind=clustered"]
+    assert convert.main(["table", *flags, "--experts=1000"]) == 2
+    assert "must be at least as many as experts=1000" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_converted_is_refused(dense_run, tmp_path, capsys):
     _, workdir = dense_run
     both = [f"--workdir={workdir}", f"--out={tmp_path / 'x'}", "--experts=2"]
@@ -84,6 +91,8 @@ def test_what_cannot_be_converted_is_refused(dense_run, tmp_path, capsys):
         (["upcycle", *both, "--per_token=3"], "per_token=3: at most experts=2"),
         (["upcycle", *both, "--per_token=1", "--drop=2"], "drop=2.0: must be between"),
         (["table", *both, "--kind=balancd"], "did you mean 'balanced'?"),
+        (["table", *both[:2], "--experts=0", "--kind=random"], "--experts=0: must be"),
+        (["table", *both[::2], "--out=no/x", "--kind=random"], "must be a file in a"),
         (["table", "--workdir=nowhere", *both[1:], "--kind=random"], "no run here"),
     ):
         assert convert.main(flags) == 2
