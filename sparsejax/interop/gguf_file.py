@@ -66,7 +66,7 @@ def open_gguf(path: Path) -> Source:
     try:
         about, found = read_header(path)
         rows = {name: _rows(path, entry) for name, entry in found.items()}
-    except (ValueError, KeyError, OSError) as error:
+    except (ArithmeticError, LookupError, OSError, TypeError, ValueError) as error:
         raise CheckpointFileError(
             f"{path}: not a GGUF file, or cut short: {error}"
         ) from None
@@ -74,7 +74,13 @@ def open_gguf(path: Path) -> Source:
         raise CheckpointFileError(
             f"{path}: general.architecture={kind!r} is not supported here; only 'llama'"
         )
-    config = _config(path, about, tied="output.weight" not in found)
+    try:
+        config = _config(path, about, tied="output.weight" not in found)
+        files = _tokenizer(path, about)
+    except LookupError as error:
+        raise CheckpointFileError(
+            f"{path}: its header lacks what it should name: {error}"
+        ) from None
     names = {_name(path, name): name for name in found}
     shapes = {theirs: found[name].shape for theirs, name in names.items()}
 
@@ -87,7 +93,7 @@ def open_gguf(path: Path) -> Source:
         heads = _paired_heads(theirs, config)
         return np.ascontiguousarray(_halved(whole, heads)) if heads else whole
 
-    return Source(path, config, shapes, read, _tokenizer(path, about))
+    return Source(path, config, shapes, read, files)
 
 
 def _rows(path: Path, entry: Entry) -> tuple[int, ...]:
@@ -140,7 +146,9 @@ def _paired_heads(name: str, config: dict[str, Any]) -> int:
     """Count the heads of a tensor whose rotated channels lie side by side."""
     if name.endswith("q_proj.weight"):
         return config["num_attention_heads"]
-    return config["num_key_value_heads"] if name.endswith("k_proj.weight") else 0
+    if not name.endswith("k_proj.weight"):
+        return 0
+    return config.get("num_key_value_heads", config["num_attention_heads"])
 
 
 def _halved(weight: np.ndarray, heads: int) -> np.ndarray:

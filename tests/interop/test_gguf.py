@@ -15,6 +15,7 @@ from tests.interop.checkpoints import config_of, tensors_of
 gguf = pytest.importorskip("gguf", reason="reading them needs pip install -e .[gguf]")
 
 CONFIG = config_of("llama", attention_bias=False, rope_scaling=None, vocab_size=259)
+HEADS = {"q": 4, "k": 2}
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -73,7 +74,7 @@ def write(path, tensors, *, architecture="llama", pre="smollm", **more):
     writer.add_token_merges(["a t", "Ġ c"])
     writer.add_eos_token_id(0)
     for name, value in tensors.items():
-        for letter, heads in (("q", 4), ("k", 2)):
+        for letter, heads in HEADS.items():
             if name.endswith(f"{letter}_proj.weight"):
                 value = side_by_side(value, heads)  # noqa: PLW2901
         writer.add_tensor(renamed(name), value)
@@ -106,6 +107,25 @@ def test_the_tokenizer_merges_pairs_and_cuts_digits(tensors, tmp_path):
     assert ids[-1] == 0
     assert len(ids) == len(["a", "Ġc", "at", "Ġ", "1", "2", "end"])
     assert tokenizer.ends == {0}
+
+
+def test_without_a_count_every_head_has_its_own_keys(tensors, tmp_path, monkeypatch):
+    monkeypatch.delitem(ABOUT, "attention.head_count_kv")
+    name = "model.layers.0.self_attn.k_proj.weight"
+    key = tensors["model.layers.0.self_attn.q_proj.weight"]
+    monkeypatch.setitem(HEADS, "k", 4)
+    source = open_source(write(tmp_path / "a.gguf", tensors | {name: key}))
+    np.testing.assert_array_equal(source.read(name), key)
+
+
+@pytest.mark.parametrize("name", ["model", "pre", "list", "merges"])
+def test_a_header_without_what_it_should_name_is_refused(
+    tensors, tmp_path, monkeypatch, name
+):
+    known = f"add_tokenizer_{name}" if name in ("model", "pre") else f"add_token_{name}"
+    monkeypatch.setattr(gguf.GGUFWriter, known, lambda *_: None)
+    with pytest.raises(CheckpointFileError, match="tokenizer"):
+        open_source(write(tmp_path / "a.gguf", tensors))
 
 
 @pytest.mark.parametrize(
