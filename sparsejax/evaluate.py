@@ -6,11 +6,14 @@ r"""How well a model knows a text, and whether it finds what stands far back.
         --lengths 256 1024
 
 Every token of a held-out document is scored once, after as many tokens before it as a
-window has; windows move by a stride. Bits per byte divides by the bytes of the text, so
-that tokenizers compare. A task is solved if each token of the answer is the likeliest.
+window has; windows move by a stride. A run's own documents are scored, held out as it
+held them out, unless others are named. Bits per byte divides by the bytes of the text,
+so that tokenizers compare. A task is solved if each token of the answer is the
+likeliest.
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -24,14 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.config import ConfigError, near
+from sparsejax.config import ConfigError, choose, near, require
 from sparsejax.data import DataConfig
 from sparsejax.data.sources import open_documents
 from sparsejax.data.tasks import TASKS, at_length
 from sparsejax.nn.transformer import Transformer
 from sparsejax.sample import load_any
 from sparsejax.train.checkpoint import CheckpointError
-from sparsejax.train.trained import alone
+from sparsejax.train.trained import alone, config_of
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["Window", "main", "score_tasks", "score_text", "windows"]
@@ -83,13 +86,16 @@ class Scores(NamedTuple):
 
 @jax.jit
 def scored(
-    model: Transformer, tokens: Int[Array, "b t"], weights: Float[Array, "b t"]
+    model: Transformer,
+    tokens: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    segments: Int[Array, "b t"],
 ) -> Scores:
     """Score the tokens that have a weight, from those before them.
 
-    Rows end in padding, which no token before it can see.
+    Rows end in padding, of segment 0: no token sees it, and it visits no expert.
     """
-    logits = model.logits(model(tokens[:, :-1]).value)
+    logits = model.logits(model(tokens[:, :-1], segments=segments[:, :-1]).value)
     hit = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     counts = weights[:, 1:]
     nats = (jax.nn.logsumexp(logits, axis=-1) - hit) * counts
@@ -105,10 +111,12 @@ def _score(
     while some := list(islice(rows, batch)):
         tokens = np.full((batch, length), pad, np.int32)
         weights = np.zeros((batch, length), np.float32)
+        segments = np.zeros((batch, length), np.int32)
         for index, row in enumerate(some):
             tokens[index, : len(row.tokens)] = row.tokens
             weights[index, : len(row.tokens)] = row.weights
-        given = jnp.asarray(tokens), jnp.asarray(weights)
+            segments[index, : len(row.tokens)] = 1
+        given = map(jnp.asarray, (tokens, weights, segments))
         found = jax.device_get(scored(model, *given))
         yield from zip(some, found.nats.tolist(), found.greedy.tolist(), strict=False)
 
@@ -220,8 +228,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sparsejax.evaluate")
     parser.add_argument("--workdir", type=Path, help="of a trained run")
     parser.add_argument("--checkpoint", help="a folder, a GGUF file, package:NAME")
-    parser.add_argument("--data.name", dest="name", default="english")
+    parser.add_argument("--data.name", dest="name", help="the run's own, or english")
     parser.add_argument("--data.files", dest="files", nargs="+", default=())
+    parser.add_argument("--data.text_field", dest="text_field", help="likewise")
     parser.add_argument("--documents", type=int, default=100, help="the first so many")
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--stride", type=int, default=256, help="tokens")
@@ -234,14 +243,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _report(flags: argparse.Namespace) -> dict[str, Any]:
+    _check(flags)
     model, tokenizer = load_any(flags.workdir, flags.checkpoint)
+    for length in flags.lengths if flags.tasks else ():
+        _check_length(model, length)
     report: dict[str, Any] = {}
     if flags.documents:
-        name = "files" if flags.files else flags.name
-        config = DataConfig(
-            seq_len=1, batch_size=1, name=name, files=tuple(flags.files)
-        )
-        held = open_documents(config).validation
+        held = open_documents(_data(flags)).validation
         texts = (held[n] for n in range(min(flags.documents, len(held))))
         how = {"window": flags.window, "stride": flags.stride, "batch": flags.batch}
         report["text"] = score_text(model, tokenizer, texts, **how)
@@ -254,9 +262,41 @@ def _report(flags: argparse.Namespace) -> dict[str, Any]:
             questions=flags.questions,
             batch=flags.batch,
         )
-    if not report:
-        raise ConfigError("nothing to measure; give --documents or --tasks")
     return report
+
+
+def _check(flags: argparse.Namespace) -> None:
+    """Find out in no time what would fail after a long one."""
+    require(flags.documents >= 0, "--documents", flags.documents, "at least 0")
+    for name in ("window", "batch", "questions"):
+        value = getattr(flags, name)
+        require(value >= 1, f"--{name}", value, "must be at least 1")
+    for length in flags.lengths:
+        require(length >= 1, "--lengths", length, "must be at least 1")
+    for name in flags.tasks:
+        choose("--tasks", name, TASKS)
+    if not flags.documents and not flags.tasks:
+        raise ConfigError("nothing to measure; give --documents or --tasks")
+    file = flags.json
+    require(
+        file is None or (file.parent.is_dir() and not file.is_dir()),
+        "--json",
+        str(file),
+        "must be a file in a folder that is there",
+    )
+
+
+def _data(flags: argparse.Namespace) -> DataConfig:
+    """Say which text: the run's own, or what is named, held out alike."""
+    run = flags.workdir and config_of(flags.workdir).data
+    data = run or DataConfig(seq_len=1, batch_size=1)
+    if flags.text_field:
+        data = dataclasses.replace(data, text_field=flags.text_field)
+    if flags.files:
+        return dataclasses.replace(data, name="files", files=tuple(flags.files))
+    if flags.name:
+        return dataclasses.replace(data, name=flags.name, files=())
+    return data
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -265,11 +305,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with jax.set_mesh(alone()):
             report = _report(flags)
-    except (CheckpointError, ValueError) as error:
+        if flags.json:
+            flags.json.write_text(json.dumps(report, indent=2) + "\n")
+    except (CheckpointError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    if flags.json:
-        flags.json.write_text(json.dumps(report, indent=2) + "\n")
     sys.stdout.write(_table(report) + "\n")
     return 0
 

@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sparsejax import evaluate
+from sparsejax.config import convert, to_dict
 from sparsejax.data import ByteTokenizer
+from sparsejax.data.sources import open_documents
 from sparsejax.data.tokenizer_file import files_of
 from sparsejax.interop import load_model, open_source
+from sparsejax.nn import ModelConfig, Transformer
 from tests.interop.checkpoints import config_of, tensors_of, write_folder
+from tests.train import toy
 
 
 @functools.cache
@@ -74,8 +79,8 @@ def test_a_model_that_knows_the_answer_is_right(folder, monkeypatch):
     model, tokenizer = load_model(open_source(folder)), ByteTokenizer()
     model.config = dataclasses.replace(model.config, context_length=None)
 
-    def knows(model, tokens, weights):
-        del model
+    def knows(model, tokens, weights, segments):
+        del model, segments
         right = np.arange(len(tokens)) % 2 == 0
         nats = jnp.where(right, 0, weights.sum(axis=1))
         return evaluate.Scores(nats, jnp.asarray(right))
@@ -105,12 +110,51 @@ def test_the_command_reports_text_and_tasks(folder, tmp_path, capsys):
         ([], "nothing to measure"),
         (["--tasks", "needles"], "did you mean 'needle'"),
         (["--tasks", "needle"], "256 tokens at a time: the model is made for 64"),
+        (["--tasks", "needle", "--questions=0"], "--questions=0: must be at least 1"),
+        (["--tasks", "needle", "--batch=0"], "--batch=0: must be at least 1"),
+        (["--tasks", "needle", "--json=no/a"], "--json='no/a': must be a file in a"),
+        (["--lengths", "-5"], "--lengths=-5: must be at least 1"),
+        (["--documents=-1"], "--documents=-1: at least 0"),
     ],
 )
 def test_what_cannot_be_measured_is_named(folder, capsys, flags, message):
     command = [f"--checkpoint={folder}", "--documents=0", *flags]
     assert evaluate.main(command) == 2
     assert message in capsys.readouterr().err
+
+
+def test_padding_visits_no_expert():
+    """Where experts drop what is too much, padding would come before later rows."""
+    ffn = {"kind": "moe", "experts": 2, "per_token": 1, "hidden": 8}
+    ffn |= {"capacity_factor": 0.7}
+    values = {"depth": 1, "width": 16, "heads": 2, "kv_heads": 1, "ffn": ffn}
+    values["attention"] = {"block_q": 8, "block_kv": 8}
+    model = Transformer(convert(ModelConfig, values), 258, rngs=nnx.Rngs(0))
+    weights = np.ones(4, np.float32)
+    rows = [evaluate.Row(np.arange(4) + 60 * n, weights) for n in range(3)]
+    how = {"length": 17, "batch": 3}
+    found = [
+        [nats for _, nats, _ in evaluate._score(model, rows, pad=pad, **how)]
+        for pad in range(250, 258)
+    ]
+    assert all(nats == found[0] for nats in found)
+
+
+def test_a_run_is_asked_of_what_it_has_held_out(tmp_path, monkeypatch):
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"Text {number} says little.")
+    data = {"files": [str(tmp_path / "*.txt")], "cache_dir": str(tmp_path / "cache")}
+    config = toy.toy(data=data | {"validation_every": 3})
+    (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(config)}))
+    read = []
+    monkeypatch.setattr(evaluate, "load_any", lambda *_: (None, None))
+    monkeypatch.setattr(evaluate, "score_text", lambda _, __, x, **how: read.extend(x))
+    monkeypatch.setattr(evaluate, "_table", str)
+    own = open_documents(config.data).validation
+    for named in ([], [f"--data.files={tmp_path}/*.txt"]):
+        assert evaluate.main([f"--workdir={tmp_path}", *named]) == 0
+        assert read == [own[n] for n in range(len(own))]
+        read.clear()
 
 
 def test_a_model_has_to_be_given(capsys):
