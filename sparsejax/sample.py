@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 
-from sparsejax.config import ConfigError
+from sparsejax.config import ConfigError, require
 from sparsejax.interop import load_pretrained
 from sparsejax.nn.generate import stream
 from sparsejax.nn.transformer import Transformer
 from sparsejax.train.checkpoint import CheckpointError
 from sparsejax.train.trained import alone, load
+from sparsejax.typing import PRNGKeyArray
 
 __all__ = ["continued", "load", "load_any", "main"]
 
@@ -69,8 +70,16 @@ def continued(
 
 def _written(text: str) -> str:
     r"""Read ``\n`` and the like, which a shell passes on as two characters."""
+    if not text.isascii() and any("\ud800" <= x <= "\udfff" for x in text):
+        raise ConfigError(f"--prompt={text!r}: holds bytes that are not UTF-8")
     meant = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
     return re.sub(r"\\([ntr\\])", lambda found: meant[found[1]], text)
+
+
+def _key(seed: int) -> PRNGKeyArray:
+    """Give the key of a seed; one of more bits would be cut."""
+    require(0 <= seed < 2**31, "--seed", seed, "must be in [0, 2**31)")
+    return jax.random.key(seed)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,20 +93,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus, in (0, 1]")
     parser.add_argument("--seed", type=int, default=0)
     flags = vars(parser.parse_args(argv))
-    prompts = [_written(text) for text in flags.pop("prompt") or ["The "]]
-    key = jax.random.key(flags.pop("seed"))
+    given = flags.pop("prompt") or ["The "]
 
     def show(text: str) -> None:
-        if len(prompts) == 1:
+        if len(given) == 1:
             sys.stdout.write(text)
             sys.stdout.flush()
 
     try:
+        prompts = [_written(text) for text in given]
+        key = _key(flags.pop("seed"))
         model, tokenizer = load_any(flags.pop("workdir"), flags.pop("checkpoint"))
         show(prompts[0])
         with jax.set_mesh(alone()):
             texts = continued(model, tokenizer, prompts, show=show, key=key, **flags)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if len(prompts) > 1:

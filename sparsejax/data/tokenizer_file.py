@@ -18,7 +18,7 @@ from jaxtyping import Int, Int32
 from sparsejax.config import ConfigError
 from sparsejax.data.tokenizer import PairTokenizer, Tokenizer
 
-__all__ = ["FileTokenizer", "files_of", "read_tokenizer"]
+__all__ = ["FileTokenizer", "files_of", "read_about", "read_tokenizer"]
 
 JSON = "tokenizer.json"
 ABOUT = "tokenizer_config.json"
@@ -101,7 +101,7 @@ class FileTokenizer:
         """Give the id of a special, ``eos_token`` say; None if it is not named."""
         token = self.about.get(name)
         token = token.get("content") if isinstance(token, Mapping) else token
-        return None if token is None else self._tokens.token_to_id(token)
+        return self._tokens.token_to_id(token) if isinstance(token, str) else None
 
     def _opening(self) -> list[int]:
         """Find what the file puts before a text."""
@@ -133,12 +133,24 @@ def read_tokenizer(path: Path, *, vocab_size: int | None = None) -> FileTokenize
     if not path.is_file():
         raise ConfigError(f"{path}: no such tokenizer file")
     beside = path.with_name(ABOUT)
-    about = json.loads(beside.read_text(encoding="utf-8")) if beside.is_file() else {}
     text = path.read_text(encoding="utf-8")
     try:
+        about = read_about(beside.read_text("utf-8") if beside.is_file() else "{}")
         return FileTokenizer(text, about, vocab_size=vocab_size)
     except ConfigError as error:
         raise ConfigError(f"{path.parent}: {error}") from None
+
+
+def read_about(text: str) -> dict[str, Any]:
+    """Read ``tokenizer_config.json``.
+
+    Raises:
+        ConfigError: if it is no JSON object.
+    """
+    try:
+        return dict(json.loads(text).items())
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{ABOUT}: is no JSON object; download it again") from None
 
 
 def files_of(tokenizer: Tokenizer) -> dict[str, str]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sparsejax.config import fingerprint, to_dict
+from sparsejax.config import fingerprint, require, to_dict
 from sparsejax.data.tokenizer_file import files_of
 from sparsejax.interop.export import WRITTEN, export
 from sparsejax.interop.families import FAMILIES
@@ -55,13 +55,15 @@ def _import(flags: argparse.Namespace) -> str:
 
 
 def _export(flags: argparse.Namespace) -> str:
+    room = flags.shard_bytes
+    require(room >= 1, "--shard_bytes", room, "must be at least 1")
     model, tokenizer = load(flags.workdir)
     export(
         model,
         flags.out,
         family=flags.family,
         dtype=flags.dtype,
-        shard_bytes=flags.shard_bytes,
+        shard_bytes=room,
         files=files_of(tokenizer),
         ids=_special_ids(tokenizer),
     )
@@ -100,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     flags = _parser().parse_args(argv)
     try:
         said = COMMANDS[flags.command](flags)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     sys.stdout.write(said + "\n")

@@ -171,7 +171,12 @@ def document(fields: Fields, model: ModelConfig, vocabulary: int) -> dict[str, A
     there["max_position_embeddings"] = model.context_length or fields.context
     there |= write_rope(model.attention, there["max_position_embeddings"])
     there |= write_windows(model, fields.windows)
-    wrong = differences(model, describe(fields, there, source="export").model)
+    try:
+        wrong = differences(model, describe(fields, there, source="it").model)
+    except ConfigError as error:
+        raise ConfigError(
+            f"this family of models has no such model: as it would be written, {error}"
+        ) from None
     if wrong:
         raise ConfigError(
             "this family of models has no place for "

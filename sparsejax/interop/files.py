@@ -65,10 +65,10 @@ def read(path: Path) -> dict[str, np.ndarray]:
         header = json.loads(text)
         entries = {k: v for k, v in header.items() if k != "__metadata__"}
         return _mapped(path, entries, start=8 + length, size=size)
-    except (UnicodeDecodeError, json.JSONDecodeError, AttributeError, KeyError):
+    except (AttributeError, LookupError, TypeError, UnicodeError, json.JSONDecodeError):
         raise CheckpointFileError(
             f"{path}: its header is not that of safetensors"
-        ) from (None)
+        ) from None
 
 
 def _mapped(

@@ -1,12 +1,11 @@
 """Where pretrained models are: in folders, in GGUF files, in installed packages."""
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from sparsejax.config import ConfigError
-from sparsejax.data.tokenizer_file import ABOUT, JSON, FileTokenizer
+from sparsejax.data.tokenizer_file import ABOUT, JSON, FileTokenizer, read_about
 from sparsejax.interop.files import CheckpointFileError
 from sparsejax.interop.folder import open_folder
 from sparsejax.interop.gguf_file import open_gguf
@@ -39,7 +38,7 @@ def tokenizer_of(source: Source) -> FileTokenizer:
     """
     if JSON not in source.files:
         raise ConfigError(f"{source.path}: has no {JSON}; download it beside the model")
-    about = json.loads(source.files.get(ABOUT, "{}"))
+    about = read_about(source.files.get(ABOUT, "{}"))
     vocabulary = source.config.get("vocab_size")
     return FileTokenizer(source.files[JSON], about, vocab_size=vocabulary)
 
@@ -53,7 +52,10 @@ def load_pretrained(path: str | Path, **options: Any) -> tuple[Transformer, Any]
 
 def _inside(package: str) -> Path:
     """Find the model in a package, without running the package."""
-    found = importlib.util.find_spec(package)
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):
+        found = None
     folders = found.submodule_search_locations if found else None
     files = sorted(Path(folders[0]).rglob("*.gguf")) if folders else []
     if len(files) != 1:

@@ -35,7 +35,15 @@ def config_of(workdir: Path) -> Config:
     file = workdir / "config.json"
     if not file.is_file():
         raise ConfigError(f"--workdir={workdir}: no run here (config.json is missing)")
-    return convert(Config, json.loads(file.read_text())["config"])
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"--workdir={workdir}: no run here (config.json is not a run's); a"
+            " checkpoint of another program becomes a run by"
+            " python -m sparsejax.interop import"
+        ) from None
+    return convert(Config, values)
 
 
 def write_start(

@@ -101,6 +101,9 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json: is no JSON object"):
+        read_tokenizer(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize("name", ["bytes", "bpe", "file"])

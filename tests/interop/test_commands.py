@@ -149,7 +149,9 @@ def test_text_is_drawn_from_several_prompts_at_once(folder, capsys):
     assert both.startswith(alone.rstrip("\n"))
 
 
-def test_a_package_that_is_not_there_is_named(capsys):
-    assert main(["inspect", "--source=package:no_such_package"]) == 2
+@pytest.mark.parametrize("name", ["no_such_package", "no_such.package", ".package"])
+def test_a_package_that_is_not_there_is_named(capsys, name):
+    assert main(["inspect", f"--source=package:{name}"]) == 2
     said = capsys.readouterr().err
-    assert "not installed; pip install --no-deps no-such-package" in said
+    remedy = f"pip install --no-deps {name.replace('_', '-')}"
+    assert f"not installed; {remedy}" in said

@@ -205,6 +205,14 @@ def test_bytes_that_nothing_explains_are_refused(written):
         open_source(folder)
 
 
+def test_a_header_that_is_another_kind_of_json_is_named(written):
+    file = written() / SINGLE
+    text = b'{"a": [3]}'
+    file.write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(CheckpointFileError, match="is not that of safetensors"):
+        open_source(file.parent)
+
+
 def test_numbers_of_a_kind_that_is_not_read_are_named(written):
     file = written() / SINGLE
     text = file.read_bytes()
@@ -245,6 +253,12 @@ def test_a_model_that_a_family_cannot_say_is_not_exported(tmp_path):
     said = str(found.value)
     assert "model.attention.qk_norm=True, where it has False" in said
     assert "model.embedding_scale=None, where it has 1.0" in said
+
+
+def test_a_family_of_experts_says_no_dense_model():
+    model = describe(FAMILIES["llama"].fields, config_of("llama"), source="here").model
+    with pytest.raises(ConfigError, match=r"no such model.*per_token=None: expected"):
+        document(FAMILIES["mixtral"].fields, model, 70)
 
 
 def test_a_family_or_dtype_that_is_not_written_is_named(written, tmp_path):
