@@ -122,6 +122,9 @@ class AttentionConfig:
         for name in ("block_q", "block_kv", "rope_theta", "norm_epsilon"):
             value = getattr(self, name)
             require(value > 0, name, value, "must be positive")
+        turning = self.rope_scaling is None or self.rope_theta > 1
+        rule = "must be above 1, or rope_scaling none"
+        require(turning, "rope_theta", self.rope_theta, rule)
         width = self.head_width
         paired = width is None or (width > 0 and width % 2 == 0)
         require(paired, "head_width", width, "must be even and positive")

@@ -64,7 +64,8 @@ class Llama3Scaling:
 
     def __post_init__(self) -> None:
         require(self.factor >= 1, "factor", self.factor, "must be at least 1")
-        require(self.low < self.high, "low", self.low, f"below high={self.high}")
+        between = 0 < self.low < self.high
+        require(between, "low", self.low, f"above 0 and below high={self.high}")
         require(self.trained > 0, "trained", self.trained, "must be positive")
 
     @property
@@ -115,8 +116,11 @@ class YarnScaling:
 
     def __post_init__(self) -> None:
         require(self.factor >= 1, "factor", self.factor, "must be at least 1")
-        require(self.slow < self.fast, "slow", self.slow, f"below fast={self.fast}")
+        between = 0 < self.slow < self.fast
+        require(between, "slow", self.slow, f"above 0 and below fast={self.fast}")
         require(self.trained > 0, "trained", self.trained, "must be positive")
+        some = self.gain is None or self.gain > 0
+        require(some, "gain", self.gain, "must be positive; or leave it none")
         both = self.mscale, self.mscale_all
         fits = both == (None, None) or all(x is not None and x > 0 for x in both)
         rule = f"must be positive, together with mscale_all={self.mscale_all}"

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.attention import rope
+from sparsejax.attention import AttentionConfig, rope
 from sparsejax.attention.rope_scaling import (
     LinearScaling,
     Llama3Scaling,
@@ -109,7 +109,11 @@ def test_a_growth_of_all_channels_is_taken_from_the_rotated_ones():
     [
         (LinearScaling, {"factor": 0.5}),
         (Llama3Scaling, {"factor": 8.0, "low": 4.0, "high": 4.0}),
+        (Llama3Scaling, {"factor": 8.0, "low": 0.0}),
         (YarnScaling, {"factor": 8.0, "trained": 0}),
+        (YarnScaling, {"factor": 8.0, "trained": 64, "slow": 0.0}),
+        (YarnScaling, {"factor": 8.0, "trained": 64, "slow": -1.0}),
+        (YarnScaling, {"factor": 8.0, "trained": 64, "gain": 0.0}),
         (YarnScaling, {"factor": 8.0, "trained": 64, "mscale": 1.0}),
         (YarnScaling, {"factor": 8.0, "trained": 64, "mscale": 1.0, "mscale_all": 0.0}),
     ],
@@ -117,3 +121,9 @@ def test_a_growth_of_all_channels_is_taken_from_the_rotated_ones():
 def test_a_scaling_that_cannot_be_is_named(kind, given):
     with pytest.raises(FieldError, match=r"must be|below"):
         kind(**given)
+
+
+def test_rates_that_do_not_fall_are_not_scaled():
+    scaling = YarnScaling(factor=8.0, trained=64)
+    with pytest.raises(FieldError, match=r"rope_theta=1\.0: must be above 1, or rope"):
+        AttentionConfig(rope_theta=1.0, rope_scaling=scaling)
