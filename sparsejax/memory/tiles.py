@@ -93,8 +93,8 @@ def _split(ids: Array, *others: Array, row: int) -> tuple[Array, ...]:
     they are.
     """
     tokens, k = ids.shape
-    tiles = max(1, -(-tokens * k * row // TILE))
-    height = -(-tokens // tiles)
+    height = -(-tokens // max(1, -(-tokens * k * row // TILE)))
+    tiles = max(1, -(-tokens // max(1, height)))
 
     def cut(x: Array) -> Array:
         x = jnp.pad(x, ((0, height * tiles - tokens), (0, 0)))

@@ -105,6 +105,12 @@ def test_padding_of_the_last_tile_reads_nothing(fast, slow, width, key, monkeypa
     assert (np.asarray(table_bar)[0] == 0).all()
 
 
+def test_no_tile_is_padding_alone(monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", 7 * K * D // 4)  # not quite two tokens
+    program = str(jax.make_jaxpr(embedding_bag)(*operands(jax.random.key(0), K)))
+    assert "length=7\n" in program  # for 13 tokens
+
+
 @pytest.mark.parametrize(("fast", "slow", "width"), PAIRS)
 def test_bfloat16_is_as_good_as_the_dense_product(fast, slow, width, key):
     table, ids, other = operands(key, width)
