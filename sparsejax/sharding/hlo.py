@@ -23,7 +23,10 @@ _SOURCE = re.compile(r'op_name="([^"]*)"')
 _COLLECTIVE = re.compile(rf" ({'|'.join(KINDS)})(-start)?\(")
 _NAME = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = ")
 _OPERAND = re.compile(r"%?([\w.\-]+)")
-_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=\{?%?([\w.\-]+)")
+_CALLED = re.compile(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"branch_computations=\{([^}]*)|(?:true|false)_computation=%?([\w.\-]+)"
+)
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count[^}]*"n":"(\d+)"')
 _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
@@ -35,6 +38,7 @@ Moved = dict[tuple[str, str], int]  # kind, and chain if it has one → bytes
 class _Computation(NamedTuple):
     moved: Moved  # of its own instructions
     calls: list[tuple[str, int]]  # computation → how often
+    choices: list[list[str]]  # of each conditional
     constants: list[int]
 
 
@@ -69,7 +73,7 @@ def _moved(line: str, found: re.Match, types: dict[str, str]) -> int:
 
 def _parse(text: str, scope: str) -> tuple[str, dict[str, _Computation]]:
     computations: dict[str, _Computation] = defaultdict(
-        lambda: _Computation({}, [], [])
+        lambda: _Computation({}, [], [], [])
     )
     entry = name = ""
     trips: list[tuple[str, str, str, str]] = []
@@ -86,6 +90,10 @@ def _parse(text: str, scope: str) -> tuple[str, dict[str, _Computation]]:
         if loop:
             trips.append((name, loop[1], loop[2], line))
             continue
+        branches = _BRANCHES.findall(line)
+        if branches:
+            names = (name for pair in branches for name in pair)
+            here.choices.append(_OPERAND.findall(" ".join(names)))
         named = _NAME.match(line)
         if named:
             types[named[1]] = line[named.end() :].partition("(")[0]
@@ -114,8 +122,9 @@ def collective_bytes(text: str, scope: str = "") -> dict[str, int]:
     """Sum, by kind, the bytes of collectives' results on one chip in one execution.
 
     A ragged collective counts the smaller of its operand and its result. Loops count as
-    often as they run; a loop whose bound is not a constant counts once. What a TPU does
-    in parts, each fused with some other work, is one chain and counts once.
+    often as they run; a loop whose bound is not a constant counts once. Of conditionals
+    the branch that moves most counts. What a TPU does in parts, each fused with some
+    other work, is one chain and counts once.
 
     Args:
         text: of a compiled module, ``compiled.as_text()``.
@@ -127,7 +136,10 @@ def collective_bytes(text: str, scope: str = "") -> dict[str, int]:
     def total(name: str) -> Moved:
         here = computations[name]
         moved = dict(here.moved)
-        for callee, count in here.calls:
+        most = (
+            max(c, key=lambda name: sum(total(name).values())) for c in here.choices
+        )
+        for callee, count in (*here.calls, *((name, 1) for name in most)):
             if callee in computations:
                 for which, size in total(callee).items():
                     _add(moved, which, count * size)

@@ -103,6 +103,29 @@ def test_loops_in_loops_multiply_and_the_parts_of_a_collective_are_one():
     }
 
 
+BRANCHES = [
+    "branch_computations={%none, %start, %rest}",
+    "true_computation=%start, false_computation=%none",
+]
+
+
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_of_a_conditional_the_branch_that_moves_most_counts(branches):
+    text = f"""%none (p: bf16[4]) -> bf16[16] {{
+  ROOT %n = bf16[16] broadcast(%p)
+}}
+%start (p: bf16[4]) -> bf16[16] {{
+  ROOT %a = bf16[16] all-gather(%p), channel_id=1
+}}
+%rest (p: bf16[4]) -> bf16[16] {{
+  ROOT %b = bf16[8] all-reduce(%p), channel_id=2, to_apply=%add
+}}
+ENTRY %main (p: bf16[4]) -> bf16[16] {{
+  %c = bf16[16] conditional(%i, %p, %p, %p), {branches}, metadata={{op_name="cond"}}
+}}"""
+    assert collective_bytes(text) == {"all-gather": 16 * 2}
+
+
 def test_a_scope_counts_what_was_traced_in_it():
     assert collective_bytes(IN_PARTS, "exchange") == {"all-gather": 3 * 5 * 32}
 
