@@ -218,7 +218,7 @@ class MemoryPlus(nnx.Module):
     ):
         self.config = config
         self.lookup = ProductKeys(config, width, rngs=rngs)
-        gain = jnp.full(config.heads, config.key_width**-0.5)
+        gain = jnp.full(config.heads, config.key_width**-0.5, jnp.float32)
         self.gain = nnx.Param(gain, axes="h") if config.qk_norm != "none" else None
         self.write = Writer(
             config.value_width or width,

@@ -94,10 +94,10 @@ def hard(x: Float[Array, "n d"], tree: Tree, *, activation: str = "relu") -> Ans
 
     leaf = _descend(ask, tree, x.shape[0])
     width = tree.down.shape[0] // tree.up_bias.shape[0]
-    ids = leaf[:, None] * width + jnp.arange(width)[None]
+    ids = leaf[:, None] * width + jnp.arange(width, dtype=jnp.int32)[None]
     hidden = row_products(tree.down, ids, wide) + tree.down_bias[ids]
     y = embedding_bag(tree.up, ids, ACTIVATIONS[activation](hidden))
-    zeros = jnp.zeros(x.shape[0])
+    zeros = jnp.zeros(x.shape[0], jnp.float32)
     return Answer((y + tree.up_bias[leaf]).astype(x.dtype), leaf, zeros, zeros)
 
 
@@ -141,15 +141,16 @@ class FastFeedForward(nnx.Module):
         nodes, shape = config.leaves - 1, (config.slots, width)
         node = normal(rngs.params(), (nodes, width), width**-0.5)
         self.node = nnx.Param(node, axes="1 d")
-        self.node_bias = nnx.Param(jnp.zeros(nodes), axes="1")
+        self.node_bias = nnx.Param(jnp.zeros(nodes, jnp.float32), axes="1")
         # The soft path multiplies with all rows.
         about: dict[str, Any] = {"reads": config.reads} if config.reads else {}
         down = normal(rngs.params(), shape, width**-0.5)
         self.down = nnx.Param(down, axes="m d", **about)
-        self.down_bias = nnx.Param(jnp.zeros(config.slots), axes="m")
+        self.down_bias = nnx.Param(jnp.zeros(config.slots, jnp.float32), axes="m")
         up = normal(rngs.params(), shape, init_scale * config.leaf_width**-0.5)
         self.up = nnx.Param(up, axes="m d", **about)
-        self.up_bias = nnx.Param(jnp.zeros((config.leaves, width)), axes="1 d")
+        bias = jnp.zeros((config.leaves, width), jnp.float32)
+        self.up_bias = nnx.Param(bias, axes="1 d")
 
     def __call__(
         self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
@@ -159,7 +160,7 @@ class FastFeedForward(nnx.Module):
         params = self.node, self.node_bias, self.down, self.down_bias
         tree = Tree(*(p[...] for p in (*params, self.up, self.up_bias)))
         answer = PATHS[config.path](rows, tree, activation=config.activation)
-        once = jnp.ones((rows.shape[0], 1, 1))
+        once = jnp.ones((rows.shape[0], 1, 1), jnp.float32)
         ids = answer.leaf[:, None, None]
         metrics = usage(ids, once, slots=config.leaves, valid=valid)
         metrics["entropy"] = jax.lax.stop_gradient(

@@ -57,5 +57,5 @@ def mean_of_valid(
 
 def _counted(valid: Bool[Array, "b t"] | None, tokens: int) -> Float[Array, " n"]:
     if valid is None:
-        return jnp.ones(tokens)
+        return jnp.ones(tokens, jnp.float32)
     return valid.reshape(-1).astype(jnp.float32)

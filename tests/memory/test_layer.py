@@ -96,6 +96,15 @@ def test_layer_keeps_shape_and_dtype(config, key):
     assert all(x.shape == () and x.dtype == jnp.float32 for x in scalars)
 
 
+@every_variant
+def test_wide_numbers_elsewhere_change_no_dtype(config, key):
+    with jax.enable_x64(True):
+        graph, state = build.__wrapped__(config)
+        x = jax.ShapeDtypeStruct(SHAPE, jnp.float32)
+        found = jax.eval_shape(partial(call, graph), state, x)
+    assert {str(x.dtype) for x in jax.tree.leaves((state, found))} == {"float32"}
+
+
 @pytest.mark.few(4)
 @every_variant
 def test_slope_in_any_direction_is_the_difference_quotient(config, key):
