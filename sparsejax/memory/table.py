@@ -6,8 +6,9 @@ vectors of ``row[id_nk] += w_nk * vector_n``, comes out as the gradient of its `
 which is otherwise never read. That is exact, works through scans, checkpoints and
 shared tables, and costs what the tokens cost, whatever the number of rows.
 
-A parameter says ``reads=k`` in its metadata if a token reads ``k`` of its rows, and
-nothing else of it, in every layer that has it; ``readers=r`` if ``r`` layers share it.
+A parameter says ``reads=k`` in its metadata if a token reads ``k`` of its rows in one
+bag, and nothing else of it, in every layer that has it; ``readers=r`` if ``r`` layers
+share it. A second bag would add its ids to those of the first.
 """
 
 from dataclasses import dataclass, replace
