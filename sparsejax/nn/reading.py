@@ -28,6 +28,8 @@ Tokens = Int[Array | np.ndarray, "b t"]  # of batches as the data gives them
 
 __all__ = ["Look", "Reading", "first_choices", "look", "read", "values_of"]
 
+TILE = 1024  # vectors whose logits exist at a time: a memory has many more
+
 
 class Look(NamedTuple):
     """What one layer's feed-forward did at each token."""
@@ -154,8 +156,12 @@ def first_choices(
         normed: pass the model's last norm first, as the stream itself does. Its scale
             then weighs the channels.
     """
-    rows = vectors[None]
-    return model.logits(model.norm(rows) if normed else rows)[0].argmax(-1)
+
+    def choice(vector: Array) -> Array:
+        row = vector[None, None]
+        return model.logits(model.norm(row) if normed else row).argmax()
+
+    return jax.lax.map(choice, vectors, batch_size=TILE)
 
 
 def read(

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from flax import nnx
 from sparsejax.attention import AttentionConfig
 from sparsejax.memory import MemoryConfig, PEERConfig
 from sparsejax.moe import MoEConfig
+from sparsejax.nn import reading
 from sparsejax.nn.config import GatedConfig, ModelConfig
 from sparsejax.nn.reading import look, read, values_of
 from sparsejax.nn.transformer import Transformer
@@ -53,6 +56,15 @@ def test_a_look_is_the_models_own_forward_in_parts(name, tokens):
     np.testing.assert_allclose(model.norm(looks[-1].after), own, atol=2e-5)
 
 
+def test_vectors_are_asked_a_tile_at_a_time(key, monkeypatch):
+    monkeypatch.setattr(reading, "TILE", 16)
+    model, vectors = model_of(), jax.random.normal(key, (40, 32))
+    ask = partial(reading.first_choices, model)
+    expected = model.logits(vectors[None])[0].argmax(-1)
+    np.testing.assert_array_equal(ask(vectors), expected)
+    assert "40,64]" not in str(jax.make_jaxpr(ask)(vectors))  # ids are padded to 64
+
+
 def planted(model, given, then):
     """Make the last layer's first key fire on one token and its value say another."""
     layer = model.stacks[0].blocks[0].ffn
@@ -78,11 +90,11 @@ def test_a_planted_memory_is_found():
     # The text twice, rows in turn: place 5 and, in the second batch's second row, 5.
     assert sorted(last.triggers.places[0, :2].tolist()) == [5, 3 * LENGTH + 5]
     assert 0 < last.agreement <= 1
-    for reading in (first, last):
-        assert 0 < reading.active < 1
-        assert reading.triggered == 1
-        assert 0 <= reading.composed <= 1
-        assert 0 <= reading.changed <= 1
+    for layer in (first, last):
+        assert 0 < layer.active < 1
+        assert layer.triggered == 1
+        assert 0 <= layer.composed <= 1
+        assert 0 <= layer.changed <= 1
 
 
 def test_a_documents_last_token_triggers_nothing():
