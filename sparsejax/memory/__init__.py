@@ -12,7 +12,13 @@ from sparsejax.memory.config import (
     MemoryPlusConfig,
     PEERConfig,
 )
-from sparsejax.memory.layer import MemoryPlus, ProductKeyMemory, ValuePool
+from sparsejax.memory.layer import (
+    MemoryPlus,
+    ProductKeyMemory,
+    QueryMoments,
+    ValuePool,
+    moved_moments,
+)
 from sparsejax.memory.lookup import Hits, product_key_top_k
 from sparsejax.memory.peer import PEER
 from sparsejax.memory.tree import FastFeedForward
@@ -28,8 +34,10 @@ __all__ = [
     "MemoryPlusConfig",
     "PEERConfig",
     "ProductKeyMemory",
+    "QueryMoments",
     "ValuePool",
     "embedding_bag",
+    "moved_moments",
     "product_key_top_k",
     "row_products",
 ]

@@ -25,7 +25,7 @@ class MemoryConfig:
     heads: int = 4
     per_head: int = 32  # slots that one head of one token reads
     key_width: int = 256  # of both halves together
-    query_norm: Literal["layer", "rms", "none"] = "layer"
+    query_norm: Literal["batch", "layer", "rms", "none"] = "layer"
     value_width: int | None = None  # None: the model's width
     gate: Literal["none", "swilu"] = "none"  # silu(x W) times what was read
 
@@ -81,7 +81,7 @@ class PEERConfig:
     heads: int = 8
     per_head: int = 16  # experts that one head of one token runs
     key_width: int = 256  # of both halves together
-    query_norm: Literal["layer", "rms", "none"] = "layer"
+    query_norm: Literal["batch", "layer", "rms", "none"] = "layer"
     scores: Literal["softmax", "sigmoid", "relu"] = "softmax"  # from scores to weights
     activation: Literal["gelu", "relu", "silu"] = "gelu"
 

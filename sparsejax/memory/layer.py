@@ -3,7 +3,10 @@
 Every layer is ``Layer(config, width, *, init_scale, rngs)``; ``init_scale`` multiplies
 the standard deviation of the weights that write to the residual stream. Queries, keys
 and the softmax over hits are float32; values are summed in float32 and written in the
-dtype of the input. Tables of ``m`` rows are read row by row, never as a whole.
+dtype of the input. Tables of ``m`` rows are read row by row, never as a whole. Queries
+normed over the batch have ``QueryMoments``, state that no gradient reaches: in training
+a layer reports ``metrics["evidence/queries"]``, and whoever owns the step writes
+``moved_moments`` of it afterwards.
 """
 
 from typing import Literal
@@ -16,22 +19,26 @@ from sparsejax.memory.bag import embedding_bag
 from sparsejax.memory.config import Lookup, MemoryConfig, MemoryPlusConfig
 from sparsejax.memory.lookup import Hits, product_key_top_k
 from sparsejax.memory.table import Table
-from sparsejax.memory.usage import usage
-from sparsejax.typing import Array, Bool, Float, Int, Output
+from sparsejax.memory.usage import mean_of_valid, usage
+from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 
 __all__ = [
     "MemoryPlus",
     "ProductKeyMemory",
     "ProductKeys",
+    "QueryMoments",
     "ValuePool",
     "Writer",
+    "batch_moments",
     "merge_heads",
+    "moved_moments",
     "normal",
     "normalize",
 ]
 
 
-Norm = Literal["layer", "rms", "none"]
+Norm = Literal["batch", "layer", "rms", "none"]
+MOMENTUM = 0.1  # of moments: a step's share in what evaluation uses
 
 
 def normalize(x: Float[Array, "*rows c"], kind: Norm) -> Float[Array, "*rows c"]:
@@ -57,6 +64,34 @@ def merge_heads(
     return ids.reshape(n, h * k), weights.reshape(n, h * k)
 
 
+def standardize(
+    x: Float[Array, "n h c"], moments: Float[Array, "2 h c"]
+) -> Float[Array, "n h c"]:
+    """Subtract the mean and divide by the deviation, each channel's own.
+
+    Args:
+        moments: the mean, and the mean of squares.
+    """
+    mean, square = moments
+    variance = jnp.maximum(square - jnp.square(mean), 0)
+    return (x - mean[None]) * jax.lax.rsqrt(variance + 1e-5)[None]
+
+
+class QueryMoments(nnx.Variable):
+    """Running mean of queries and of their squares; no gradient reaches it."""
+
+
+def moved_moments(
+    moments: Float[Array, "*l 2 h c"], seen: Float[Array, "*l 2 h c"]
+) -> Float[Array, "*l 2 h c"]:
+    """Move running moments towards those of a batch.
+
+    Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2. Departure: an exponential
+    average, of squares and not of variances, so that batches may differ in their mean.
+    """
+    return moments + MOMENTUM * (seen - moments)
+
+
 class ProductKeys(nnx.Module):
     """Queries of each head, and the sub-keys that they are compared with."""
 
@@ -69,6 +104,21 @@ class ProductKeys(nnx.Module):
             rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
         )
         self.keys = nnx.Param(keys, axes="h 2 r c")
+        if getattr(config, "query_norm", None) == "batch":
+            start = jnp.zeros((2, heads, key_width), jnp.float32).at[1].set(1)
+            self.moments = QueryMoments(start, axes="2 h c")
+
+    def queries(self, x: Float[Array, "n d"]) -> Float[Array, "n h c"]:
+        """Give the query of every head, not normed yet."""
+        return jnp.einsum("nd,dhc->nhc", x.astype(jnp.float32), self.query[...])
+
+    def moments_of(
+        self, x: Float[Array, "n d"], valid: Bool[Array, "b t"] | None
+    ) -> Float[Array, "2 h c"]:
+        """Give the mean query of the valid tokens, and the mean of its squares."""
+        queries = self.queries(x)
+        both = jnp.stack([queries, jnp.square(queries)], axis=1)
+        return mean_of_valid(both, valid)
 
     def __call__(
         self,
@@ -77,22 +127,44 @@ class ProductKeys(nnx.Module):
         k: int,
         norm: Norm,
         gain: Float[Array, " h"] | None = None,
+        moments: Float[Array, "2 h c"] | None = None,
     ) -> Hits:
         """Find the best slots of every head.
 
         Args:
             k: slots per head.
             norm: what is done to the query of each head.
+            moments: of the batch, for its norm; None takes the running ones.
             gain: if given, each half of every query and key is divided by its root
                 mean square, and scores are multiplied by the gain of their head.
         """
-        query = jnp.einsum("nd,dhc->nhc", x.astype(jnp.float32), self.query[...])
-        query, keys = normalize(query, norm), self.keys[...]
+        query, keys = self.queries(x), self.keys[...]
+        if norm == "batch":
+            running = self.moments[...]
+            query = standardize(query, running if moments is None else moments)
+        else:
+            query = normalize(query, norm)
         if gain is not None:
             halves = query.reshape(*query.shape[:2], 2, keys.shape[-1])
             query = normalize(halves, "rms").reshape(query.shape) * gain[None, :, None]
             keys = normalize(keys, "rms")
         return product_key_top_k(query, keys, k=k)
+
+
+def batch_moments(
+    lookup: ProductKeys,
+    rows: Float[Array, "n d"],
+    valid: Bool[Array, "b t"] | None,
+    key: PRNGKeyArray | None,
+) -> tuple[Float[Array, "2 h c"] | None, dict[str, Array]]:
+    """Give the moments that a batch's queries are normed by, and report them.
+
+    Neither is there outside of training, or for another norm.
+    """
+    if key is None or not hasattr(lookup, "moments"):
+        return None, {}
+    moments = lookup.moments_of(rows, valid)
+    return moments, {"evidence/queries": jax.lax.stop_gradient(moments)}
 
 
 def _projects(inner: int, width: int, gate: str) -> bool:
@@ -136,8 +208,9 @@ class ProductKeyMemory(nnx.Module):
     """Sum the values of the best slots, weighted by a softmax over each head's hits.
 
     Source: Lample et al. 2019, arXiv:1907.05242, Sec. 3. Departure: queries are
-    normalised over their own channels, not over the batch, so that no token sees
-    another; the query has no bias; value width and gate as in ``MemoryPlus``.
+    normalised over their own channels by default, and over the batch, where training
+    lets a token see others, with ``query_norm="batch"``; the query has no bias; value
+    width and gate as in ``MemoryPlus``.
     """
 
     def __init__(
@@ -160,22 +233,42 @@ class ProductKeyMemory(nnx.Module):
         self.values = nnx.Param(values, axes="m d", reads=config.reads)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        valid: Bool[Array, "b t"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Read the memory once for every token; only ``valid`` ones are counted."""
+        """Read the memory once for every token; only ``valid`` ones are counted.
+
+        Args:
+            x: hidden states.
+            valid: False for padding.
+            key: random key in training, None otherwise; it says which is the case.
+        """
         rows = x.reshape(-1, x.shape[-1])
-        ids, weights = self.choose(rows)
+        moments, seen = batch_moments(self.lookup, rows, valid, key)
+        ids, weights = self.choose(rows, moments)
         read = embedding_bag(self.values[...], *merge_heads(ids, weights))
         value = self.write(rows, read).reshape(x.shape)
-        slots = self.config.slots
-        return Output(value, {}, usage(ids, weights, slots=slots, valid=valid))
+        metrics = usage(ids, weights, slots=self.config.slots, valid=valid)
+        return Output(value, {}, metrics | seen)
 
     def choose(
-        self, rows: Float[Array, "n d"]
+        self,
+        rows: Float[Array, "n d"],
+        moments: Float[Array, "2 h c"] | None = None,
     ) -> tuple[Int[Array, "n h k"], Float[Array, "n h k"]]:
-        """Give the slots that each head reads, and their weights."""
+        """Give the slots that each head reads, and their weights.
+
+        Args:
+            rows: hidden states.
+            moments: of the batch that queries are normed over, in training.
+        """
         config = self.config
-        hits = self.lookup(rows, k=config.per_head, norm=config.query_norm)
+        hits = self.lookup(
+            rows, k=config.per_head, norm=config.query_norm, moments=moments
+        )
         return hits.ids, jax.nn.softmax(hits.scores)
 
 

@@ -6,10 +6,10 @@ from flax import nnx
 
 from sparsejax.memory.bag import embedding_bag, row_products
 from sparsejax.memory.config import PEERConfig
-from sparsejax.memory.layer import ProductKeys, merge_heads, normal
+from sparsejax.memory.layer import ProductKeys, batch_moments, merge_heads, normal
 from sparsejax.memory.table import Table
 from sparsejax.memory.usage import usage
-from sparsejax.typing import Array, Bool, Float, Int, Output
+from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 
 __all__ = ["ACTIVATIONS", "PEER", "SCORES", "single_neurons"]
 
@@ -43,7 +43,7 @@ class PEER(nnx.Module):
     """Retrieve experts of one neuron by product keys and add their outputs.
 
     Source: He 2024, arXiv:2407.04153, Sec. 2. Departure: queries are normalised over
-    their own channels, not over the batch.
+    their own channels by default, over the batch with ``query_norm="batch"``.
     """
 
     def __init__(
@@ -63,11 +63,22 @@ class PEER(nnx.Module):
         self.up = nnx.Param(up, axes="m d", reads=config.reads)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        valid: Bool[Array, "b t"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Run the experts of every token."""
+        """Run the experts of every token.
+
+        Args:
+            x: hidden states.
+            valid: False for padding.
+            key: random key in training, None otherwise; it says which is the case.
+        """
         rows, act = x.reshape(-1, x.shape[-1]), self.config.activation
-        ids, weights = self.choose(rows)
+        moments, seen = batch_moments(self.lookup, rows, valid, key)
+        ids, weights = self.choose(rows, moments)
         value = single_neurons(
             rows,
             self.down[...],
@@ -76,12 +87,21 @@ class PEER(nnx.Module):
             activation=act,
         )
         metrics = usage(ids, weights, slots=self.config.slots, valid=valid)
-        return Output(value.reshape(x.shape), {}, metrics)
+        return Output(value.reshape(x.shape), {}, metrics | seen)
 
     def choose(
-        self, rows: Float[Array, "n d"]
+        self,
+        rows: Float[Array, "n d"],
+        moments: Float[Array, "2 h c"] | None = None,
     ) -> tuple[Int[Array, "n h k"], Float[Array, "n h k"]]:
-        """Give the experts that each head runs, and their weights."""
+        """Give the experts that each head runs, and their weights.
+
+        Args:
+            rows: hidden states.
+            moments: of the batch that queries are normed over, in training.
+        """
         config = self.config
-        hits = self.lookup(rows, k=config.per_head, norm=config.query_norm)
+        hits = self.lookup(
+            rows, k=config.per_head, norm=config.query_norm, moments=moments
+        )
         return hits.ids, SCORES[config.scores](hits.scores)

@@ -48,11 +48,12 @@ def entropy(mass: Float[Array, "*rows k"]) -> Float[Array, "*rows"]:
 
 
 def mean_of_valid(
-    x: Float[Array, " n"], valid: Bool[Array, "b t"] | None
-) -> Float[Array, ""]:
+    x: Float[Array, "n *shape"], valid: Bool[Array, "b t"] | None
+) -> Float[Array, "*shape"]:
     """Mean over the tokens that count; 0 if there are none."""
     counted = _counted(valid, x.shape[0])
-    return (x * counted).sum() / jnp.maximum(counted.sum(), 1)
+    each = counted.reshape(-1, *[1] * (x.ndim - 1))
+    return (x * each).sum(axis=0) / jnp.maximum(counted.sum(), 1)
 
 
 def _counted(valid: Bool[Array, "b t"] | None, tokens: int) -> Float[Array, " n"]:

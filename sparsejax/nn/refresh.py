@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from sparsejax.attention import moved
+from sparsejax.memory import moved_moments
 from sparsejax.moe import STATES, MoEConfig
 from sparsejax.nn.config import ModelConfig, runs
 from sparsejax.tree import map_with_path
@@ -14,12 +15,13 @@ __all__ = ["refreshed"]
 
 STATISTICS = ("attention/sums", "attention/members")  # of no use to a reader of logs
 EVIDENCE = "moe/evidence/"  # likewise
+QUERIES = "memory/evidence/queries"
 
 
 def refreshed(
     config: ModelConfig, variables: PyTree, metrics: dict[str, Array]
 ) -> tuple[PyTree, Any]:
-    """Move every router's state by its evidence, and centroids to their members.
+    """Move routers' states and memories' moments by evidence, centroids to members.
 
     Args:
         config: the model's.
@@ -29,6 +31,7 @@ def refreshed(
     """
     specs = [config.layer(n) for n in range(config.depth)]
     routed = [n for n, spec in enumerate(specs) if spec.feed_forward == config.ffn]
+    remembered = [n for n, x in enumerate(specs) if x.feed_forward == config.memory]
     chosen = [n for n, spec in enumerate(specs) if spec.attention == config.attention]
 
     def rows(path: str, layers: list[int]) -> Array:
@@ -42,6 +45,8 @@ def refreshed(
         if name == "centroids":
             sums, members = (metrics[x][rows(path, chosen)] for x in STATISTICS)
             return moved(value, sums, members, config.attention.options.decay)
+        if name == "moments":
+            return moved_moments(value, metrics[QUERIES][rows(path, remembered)])
         if name in STATES and isinstance(config.ffn, MoEConfig):
             evidence = metrics[f"{EVIDENCE}{name}"][rows(path, routed)]
             return STATES[name].update(value, evidence, config.ffn)
@@ -50,6 +55,6 @@ def refreshed(
     left = {
         name: x
         for name, x in metrics.items()
-        if name not in STATISTICS and not name.startswith(EVIDENCE)
+        if name not in (*STATISTICS, QUERIES) and not name.startswith(EVIDENCE)
     }
     return map_with_path(move, variables), left
