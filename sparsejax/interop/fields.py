@@ -234,7 +234,7 @@ def _ours(
             raise ConfigError(f"{name}={value!r} is not supported here; only {legal}")
         value = field.words[value]
     if field.times:
-        value = (value or 0) * values.get(field.times, 0)
+        value = (value or 0) * (values.get(field.times) or 0)
     if field.when and not values.get(field.when):
         value = 0
     return dict.fromkeys(field.paths, value)
