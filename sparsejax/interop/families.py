@@ -84,7 +84,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
         Fields(
-            (*SIZES, HEAD, EPSILON, *DENSE),
+            (*SIZES, HEAD, EPSILON, *DENSE, only("use_mrope", False)),
             {**PLAIN, "ffn.kind": "gated", "attention.qkv_biases": True},
             Windows("listed", size=4096, first=28, switched=True),
             context=32_768,

@@ -42,7 +42,7 @@ SHARING |= {"first_k_dense_replace": 1, "routed_scaling_factor": 2.5}
 CONFIGS = {
     "llama": {"attention_bias": True, "rope_scaling": LLAMA3, "head_dim": 8},
     "mistral": {"sliding_window": 5, "tie_word_embeddings": True},
-    "qwen2": {},
+    "qwen2": {"use_mrope": False},
     "qwen3": {"head_dim": 8, "rope_parameters": {"rope_theta": 50.0}},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "olmoe": {**ROUTED, "norm_topk_prob": False},

@@ -132,6 +132,7 @@ def test_a_config_that_computes_something_else_is_refused(written, changes, mess
             },
             "only windows in all layers, or in all but every n-th",
         ),
+        ("qwen2", {"use_mrope": True}, "use_mrope=True is not supported here; only Fa"),
         ("dots1", {"moe_intermediate_size": None}, "ffn.hidden=None: expected int"),
         ("gpt_oss", {"layer_types": [FULL] * 3}, "must be .* for each of 2 layers"),
         (
