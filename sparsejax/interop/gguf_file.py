@@ -181,6 +181,12 @@ def _tokenizer(path: Path, about: dict[str, Any]) -> dict[str, str]:
             if kind in (CONTROL, USER)
         ]
     )
+    first = about.get("tokenizer.ggml.bos_token_id")
+    if about.get("tokenizer.ggml.add_bos_token") and first is not None:
+        name = names[first]
+        pairs.post_processor = tokenizers.processors.TemplateProcessing(
+            single=[name, "$A"], special_tokens=[(name, first)]
+        )
     says = {"model_max_length": about.get("llama.context_length")}
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         number = about.get(f"tokenizer.ggml.{key}_token_id")

@@ -60,7 +60,7 @@ def side_by_side(weight, heads):
     return mixed
 
 
-def write(path, tensors, *, architecture="llama", pre="smollm", **more):
+def write(path, tensors, *, architecture="llama", pre="smollm", opened=False, **more):
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in (ABOUT | more).items():
         writer.add_uint32(f"{architecture}.{name}", value)
@@ -73,6 +73,9 @@ def write(path, tensors, *, architecture="llama", pre="smollm", **more):
     writer.add_token_types([3] + [1] * (len(letters) + 2))
     writer.add_token_merges(["a t", "Ġ c"])
     writer.add_eos_token_id(0)
+    if opened:
+        writer.add_bos_token_id(0)
+        writer.add_add_bos_token(True)
     for name, value in tensors.items():
         for letter, heads in HEADS.items():
             if name.endswith(f"{letter}_proj.weight"):
@@ -107,6 +110,14 @@ def test_the_tokenizer_merges_pairs_and_cuts_digits(tensors, tmp_path):
     assert ids[-1] == 0
     assert len(ids) == len(["a", "Ġc", "at", "Ġ", "1", "2", "end"])
     assert tokenizer.ends == {0}
+
+
+def test_a_prompt_begins_as_the_file_says(tensors, tmp_path):
+    for opened in (False, True):
+        write(tmp_path / "model.gguf", tensors, opened=opened)
+        pairs = tokenizer_of(open_source(tmp_path / "model.gguf"))
+        expected = [0] * opened + pairs.encode("a cat").tolist()
+        assert pairs.prompt("a cat").tolist() == expected
 
 
 def test_without_a_count_every_head_has_its_own_keys(tensors, tmp_path, monkeypatch):

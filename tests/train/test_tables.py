@@ -229,6 +229,22 @@ def test_decay_that_rows_cannot_follow_is_refused(changes, message):
     refused({**toy.TOY, "masked": None, "optim": optim | changes}, message)
 
 
+@pytest.mark.slow  # two programs to compile
+def test_a_step_of_specific_rows_moves_no_state_of_a_router():
+    routed = {"router": "sigmoid_top_k", "bias_rate": 0.1}
+    model = {**toy.TOY["model"], "ffn": {**toy.TOY["model"]["ffn"], **routed}}
+    optim = {"tables": "sgd", "weight_decay": 0.0}
+    for rows in (None, 3):
+        changes = {**optim, "table_rows": rows}
+        config = toy.toy(model=model, masked=None, optim=changes)
+        _, state, train, _, mesh = toy.start(config, toy.one_device())
+        before = jax.tree.map(np.array, leaves(state.variables))
+        with jax.set_mesh(mesh):
+            after = leaves(train(state, toy.batch())[0].variables)
+        moved = [(after[name] != x).any() for name, x in before.items()]
+        assert moved == [rows is None]
+
+
 def test_masks_that_rewind_are_refused_beside_rows():
     values = {**toy.TOY, "optim": {**toy.TOY["optim"], "tables": "adam"}}
     masks = {**toy.TOY["masked"], "rewind": 2}
