@@ -1,4 +1,7 @@
+import pytest
+
 from sparsejax.bench import bits as bench
+from sparsejax.config import ConfigError
 
 
 def test_documents_are_taken_until_they_are_long_enough():
@@ -9,7 +12,10 @@ def test_documents_are_taken_until_they_are_long_enough():
 
 
 def test_every_kind_of_text_has_documents():
-    found = {name: next(documents) for name, documents in bench.texts().items()}
+    try:
+        found = {name: next(documents) for name, documents in bench.texts().items()}
+    except ConfigError as error:
+        pytest.skip(str(error))
     assert set(found) == {"speeches", "encyclopedia", "bibles", "language reference"}
     assert found["speeches"].startswith("Fellow-Citizens")
     assert all(len(text) > 100 for text in found.values())
