@@ -70,7 +70,7 @@ FREE = frozenset(
         *("remat", "dtype"),
         *(f"attention.{x}" for x in ("block_q", "block_kv", "implementation")),
         *(f"ffn.{x}" for x in ("dispatcher", "exchange", "router_width", "bias_rate")),
-        *("ffn.capacity_rounding", "ffn.capacity_priority"),
+        *("ffn.capacity_rounding", "ffn.capacity_priority", "ffn.implementation"),
         *("ffn.balance_weight", "ffn.z_weight"),
     }
 )

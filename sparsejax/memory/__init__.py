@@ -22,6 +22,7 @@ from sparsejax.memory.layer import (
 from sparsejax.memory.lookup import Hits, product_key_top_k
 from sparsejax.memory.peer import PEER
 from sparsejax.memory.tree import FastFeedForward
+from sparsejax.memory.usage import slot_counts
 
 __all__ = [
     "MEMORIES",
@@ -40,6 +41,7 @@ __all__ = [
     "moved_moments",
     "product_key_top_k",
     "row_products",
+    "slot_counts",
 ]
 
 MEMORIES = {

@@ -4,7 +4,8 @@
 other's gradient. Neither holds more than a tile of tokens times ``k`` rows, forward or
 backward, and under a mesh no device holds more than its piece of the table. Products
 accumulate in float32; a row that occurs twice counts twice; rows that no id names get a
-gradient of exactly zero. Ids outside ``[0, m)`` read NaN.
+gradient of exactly zero. Ids outside ``[0, m)`` are refused where they are known, and
+read NaN where they are traced.
 
 In the place of the table's array there may be a ``Table``: read alike, its gradient
 leaves as rows, never as an array of the table's shape.
@@ -15,6 +16,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from sparsejax.memory.sharded import add_rows, multiply_rows, sum_rows
 from sparsejax.memory.table import Table
@@ -33,13 +36,15 @@ def embedding_bag(
     The result has the table's dtype.
 
     Raises:
-        ValueError: if ids and weights are not of one shape ``(n, k)``.
+        ValueError: if ids and weights are not of one shape ``(n, k)``, or known ids
+            name no row.
     """
     if ids.ndim != 2 or ids.shape != weights.shape:
         raise ValueError(
             f"ids of shape {ids.shape} and weights of shape {weights.shape}: must both"
             " be (n, k); merge heads and slots first"
         )
+    _check_ids(table, ids)
     return _bag(table, ids, weights)
 
 
@@ -53,14 +58,28 @@ def row_products(
     The result has the dtype of ``x``.
 
     Raises:
-        ValueError: if ids and ``x`` do not have the same tokens.
+        ValueError: if ids and ``x`` do not have the same tokens, or known ids name no
+            row.
     """
     if ids.ndim != 2 or x.shape != (ids.shape[0], table.shape[1]):
         raise ValueError(
             f"ids of shape {ids.shape} and x of shape {x.shape}: must be (n, k) and"
             f" (n, {table.shape[1]})"
         )
+    _check_ids(table, ids)
     return _products(table, ids, x)
+
+
+def _check_ids(table: Array | Table, ids: Array) -> None:
+    """Refuse ids that are known to name no row; others give NaN."""
+    if isinstance(ids, Tracer) or not ids.size:
+        return
+    known, rows = np.asarray(ids), table.shape[0]
+    low, high = known.min(), known.max()
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"ids from {low} to {high}: the table has the rows 0..{rows - 1}"
+        )
 
 
 def _exists(table: Array | Table, ids: Array) -> Array:

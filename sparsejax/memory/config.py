@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sparsejax.config import require
+from sparsejax.config import choose, require
+from sparsejax.memory.lookup import IMPLEMENTATIONS
 
 __all__ = [
     "FastFeedForwardConfig",
@@ -25,6 +26,7 @@ class MemoryConfig:
     heads: int = 4
     per_head: int = 32  # slots that one head of one token reads
     key_width: int = 256  # of both halves together
+    implementation: str = "xla"  # of the search, see ``product_key_top_k``
     query_norm: Literal["batch", "layer", "rms", "none"] = "layer"
     value_width: int | None = None  # None: the model's width
     gate: Literal["none", "swilu"] = "none"  # silu(x W) times what was read
@@ -53,6 +55,7 @@ class MemoryPlusConfig:
     heads: int = 4
     per_head: int = 32  # slots that one head of one token reads
     key_width: int = 512  # of both halves together
+    implementation: str = "xla"  # of the search, see ``product_key_top_k``
     qk_norm: Literal["rms", "none"] = "rms"  # of each half of queries and keys
     value_width: int | None = None  # None: the model's width
     gate: Literal["none", "swilu"] = "swilu"  # silu(x W) times what was read
@@ -81,6 +84,7 @@ class PEERConfig:
     heads: int = 8
     per_head: int = 16  # experts that one head of one token runs
     key_width: int = 256  # of both halves together
+    implementation: str = "xla"  # of the search, see ``product_key_top_k``
     query_norm: Literal["batch", "layer", "rms", "none"] = "layer"
     scores: Literal["softmax", "sigmoid", "relu"] = "softmax"  # from scores to weights
     activation: Literal["gelu", "relu", "silu"] = "gelu"
@@ -107,6 +111,9 @@ class FastFeedForwardConfig:
     depth: int  # decisions on the way to a leaf; there are 2 ** depth leaves
     leaf_width: int  # neurons of one leaf
     path: Literal["soft", "hard"] = "soft"  # all leaves, weighted; or the one leaf
+    inference: Literal["soft", "hard"] | None = (
+        None  # path outside training; None: path
+    )
     hardening: float = 3.0  # weight of the entropy of decisions, in nats per token
     activation: Literal["gelu", "relu", "silu"] = "relu"
 
@@ -148,6 +155,7 @@ def _check_lookup(config: Lookup) -> None:
     require(1 <= k <= r * r, "per_head", k, rule)
     rule = "must be even and at least 2; each half has its own sub-keys"
     require(c >= 2 and c % 2 == 0, "key_width", c, rule)
+    choose("implementation", config.implementation, IMPLEMENTATIONS)
 
 
 def _check_value_width(width: int | None) -> None:

@@ -104,6 +104,7 @@ class ProductKeys(nnx.Module):
             rngs.params(), shape, jnp.float32, minval=-bound, maxval=bound
         )
         self.keys = nnx.Param(keys, axes="h 2 r c")
+        self.implementation = config.implementation
         if getattr(config, "query_norm", None) == "batch":
             start = jnp.zeros((2, heads, key_width), jnp.float32).at[1].set(1)
             self.moments = QueryMoments(start, axes="2 h c")
@@ -148,7 +149,7 @@ class ProductKeys(nnx.Module):
             halves = query.reshape(*query.shape[:2], 2, keys.shape[-1])
             query = normalize(halves, "rms").reshape(query.shape) * gain[None, :, None]
             keys = normalize(keys, "rms")
-        return product_key_top_k(query, keys, k=k)
+        return product_key_top_k(query, keys, k=k, implementation=self.implementation)
 
 
 def batch_moments(

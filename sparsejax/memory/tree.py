@@ -20,7 +20,7 @@ from sparsejax.memory.layer import normal
 from sparsejax.memory.peer import ACTIVATIONS
 from sparsejax.memory.table import Table
 from sparsejax.memory.usage import entropy, mean_of_valid, usage
-from sparsejax.typing import Array, Bool, Float, Int, Output
+from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 
 __all__ = ["PATHS", "Answer", "FastFeedForward", "Tree", "hard", "leaf_weights", "soft"]
 
@@ -153,13 +153,24 @@ class FastFeedForward(nnx.Module):
         self.up_bias = nnx.Param(bias, axes="1 d")
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, valid: Bool[Array, "b t"] | None = None
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        valid: Bool[Array, "b t"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Answer every token by the path that the config names."""
+        """Answer every token by the path that the config names.
+
+        Args:
+            x: hidden states.
+            valid: False for padding.
+            key: random key in training, None otherwise; it says which is the case.
+        """
         config, rows = self.config, x.reshape(-1, x.shape[-1])
+        path = config.path if key is not None else config.inference or config.path
         params = self.node, self.node_bias, self.down, self.down_bias
         tree = Tree(*(p[...] for p in (*params, self.up, self.up_bias)))
-        answer = PATHS[config.path](rows, tree, activation=config.activation)
+        answer = PATHS[path](rows, tree, activation=config.activation)
         once = jnp.ones((rows.shape[0], 1, 1), jnp.float32)
         ids = answer.leaf[:, None, None]
         metrics = usage(ids, once, slots=config.leaves, valid=valid)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparsejax.typing import Array, Bool, Float, Int
 
-__all__ = ["entropy", "mean_of_valid", "usage"]
+__all__ = ["entropy", "mean_of_valid", "slot_counts", "usage"]
 
 
 def usage(
@@ -20,7 +20,8 @@ def usage(
 ) -> dict[str, Float[Array, ""]]:
     """Measure usage of the slots in one batch.
 
-    ``usage`` is the share of slots read with a weight above zero, ``usage_kl`` the
+    ``usage`` is the share of slots read with a weight above zero, ``dead`` that of the
+    others (over several batches, of the sum of ``slot_counts``), ``usage_kl`` the
     divergence of the summed weights from uniform (nats; 0 is even, ``log(slots)`` is a
     single slot), ``entropy`` the mean entropy of the weights of one head (nats; 0 is
     one slot, ``log(k)`` is all alike).
@@ -33,11 +34,31 @@ def usage(
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
     counted = _counted(valid, ids.shape[0])
     total = jnp.zeros(slots, jnp.float32).at[ids].add(weights * counted[:, None, None])
+    used = jnp.mean(total > 0, dtype=jnp.float32)
     return {
-        "usage": jnp.mean(total > 0, dtype=jnp.float32),
+        "usage": used,
+        "dead": 1 - used,
         "usage_kl": jnp.log(float(slots)) - entropy(total),
         "entropy": mean_of_valid(entropy(weights).mean(-1), valid),
     }
+
+
+def slot_counts(
+    ids: Int[Array, "n h k"],
+    weights: Float[Array, "n h k"],
+    *,
+    slots: int,
+    valid: Bool[Array, "b t"] | None = None,
+) -> Int[Array, " m"]:
+    """Count how often each slot is read with a weight above zero.
+
+    Args:
+        valid: tokens that count; the others may be padding.
+    """
+    read = weights > 0
+    if valid is not None:
+        read &= valid.reshape(-1)[:, None, None]
+    return jnp.zeros(slots, jnp.int32).at[ids].add(read.astype(jnp.int32))
 
 
 def entropy(mass: Float[Array, "*rows k"]) -> Float[Array, "*rows"]:

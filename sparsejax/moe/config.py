@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from sparsejax.config import FieldError, choose, near, require
 from sparsejax.moe.capacity import PRIORITIES, ROUNDINGS
-from sparsejax.moe.dispatch import DISPATCHERS, has_buffers
+from sparsejax.moe.dispatch import DISPATCHERS, has_buffers, has_groups
 from sparsejax.moe.exchange import EXCHANGES, takes
 from sparsejax.moe.experts import ACTIVATIONS, HIDDEN
+from sparsejax.moe.grouped import IMPLEMENTATIONS
 from sparsejax.moe.routers import CONTEXT, LEAKS, ROUTERS, Routing, accepts, settings
 from sparsejax.moe.sources import SOURCES
 from sparsejax.moe.tables import read_table
@@ -35,6 +36,8 @@ class MoEConfig:
         router_width: width of the space in which cosines are taken.
         table: file with the expert of each id, for routers that look it up.
         dispatcher: a name of ``DISPATCHERS``.
+        implementation: of grouped products, a name of ``grouped.IMPLEMENTATIONS``; None
+            takes the platform's own.
         capacity_factor: rows an expert takes, over the balanced load; later visits are
             dropped. None drops nothing.
         capacity_rounding: a name of ``ROUNDINGS``: how that becomes an integer.
@@ -67,6 +70,7 @@ class MoEConfig:
     router_width: int = 64
     table: str | None = None
     dispatcher: str = "grouped"
+    implementation: str | None = None
     capacity_factor: float | None = None
     capacity_rounding: str = "up"
     capacity_priority: str = "position"
@@ -96,6 +100,17 @@ class MoEConfig:
         )
         choose("router", self.router, ROUTERS)
         choose("dispatcher", self.dispatcher, DISPATCHERS)
+        if self.implementation is not None:
+            choose("implementation", self.implementation, IMPLEMENTATIONS)
+            rule = (
+                f"dispatcher={self.dispatcher!r} has no grouped products; leave it none"
+            )
+            require(
+                has_groups(self.dispatcher),
+                "implementation",
+                self.implementation,
+                rule,
+            )
         choose("activation", self.activation, HIDDEN)
         require(
             self.gated or self.activation in ACTIVATIONS,

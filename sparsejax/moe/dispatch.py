@@ -28,6 +28,7 @@ __all__ = [
     "densely",
     "dispatch_of",
     "has_buffers",
+    "has_groups",
 ]
 
 Dispatcher = Callable[..., Array]
@@ -57,8 +58,12 @@ def by_group(
     experts: GatedExperts,
     *,
     activation: Hidden,
+    implementation: str | None = None,
 ) -> Float[Array, "n d"]:
     """Sort the slots by expert and multiply group by group; nothing is dropped.
+
+    Args:
+        implementation: of the products, a name of ``grouped.IMPLEMENTATIONS``.
 
     Source: Gale et al. 2022, arXiv:2211.15841, Sec. 4. Departure: groups are not padded
     to blocks.
@@ -66,7 +71,13 @@ def by_group(
     count = experts.up.shape[0]
     order = sort(chosen, count)
     rows = take(x, order.slots % x.shape[0], order.places.reshape(chosen.T.shape))
-    y = grouped(rows, experts, order.sizes, activation=activation)
+    y = grouped(
+        rows,
+        experts,
+        order.sizes,
+        activation=activation,
+        implementation=implementation,
+    )
     y = take(y, order.places, order.slots[None])
     return combine(y, weights, chosen == count)
 
@@ -100,11 +111,18 @@ def by_capacity(
     return combine(y, weights, ~kept)
 
 
-def dispatch_of(name: str, *, activation: str, capacity: int | None) -> Dispatcher:
+def dispatch_of(
+    name: str,
+    *,
+    activation: str,
+    capacity: int | None,
+    implementation: str | None = None,
+) -> Dispatcher:
     """Look up a dispatcher and fix its settings.
 
     Raises:
-        ValueError: for a name that does not exist, or a capacity missing or unused.
+        ValueError: for a name that does not exist, a capacity missing or unused, or an
+            implementation of products that the dispatcher does not do.
     """
     for field, value, table in (
         ("dispatcher", name, DISPATCHERS),
@@ -121,13 +139,24 @@ def dispatch_of(name: str, *, activation: str, capacity: int | None) -> Dispatch
             f"capacity={capacity}: dispatcher {name!r} has no buffers; drop with"
             " limited(routing, capacity) instead"
         )
-    settings = {} if capacity is None else {"capacity": capacity}
+    if implementation is not None and not has_groups(name):
+        raise ValueError(
+            f"implementation={implementation!r}: dispatcher {name!r} has no grouped"
+            " products; leave it none"
+        )
+    given = {"capacity": capacity, "implementation": implementation}
+    settings = {name: value for name, value in given.items() if value is not None}
     return partial(DISPATCHERS[name], activation=HIDDEN[activation], **settings)
 
 
 def has_buffers(name: str) -> bool:
     """Say whether a dispatcher works on buffers, whose rows it must be told."""
     return "capacity" in inspect.signature(DISPATCHERS[name]).parameters
+
+
+def has_groups(name: str) -> bool:
+    """Say whether a dispatcher multiplies group by group."""
+    return "implementation" in inspect.signature(DISPATCHERS[name]).parameters
 
 
 DISPATCHERS: dict[str, Dispatcher] = {

@@ -277,6 +277,7 @@ def apply_experts(
     dispatcher: str = "grouped",
     activation: str = "silu",
     capacity: int | None = None,
+    implementation: str | None = None,
     how: Exchange | None = None,
 ) -> Float[Array, "n d"]:
     """Give each token the weighted sum of the answers of its experts.
@@ -289,15 +290,40 @@ def apply_experts(
         activation: a name of ``ACTIVATIONS``.
         capacity: rows for each expert, for the capacity dispatcher only. To drop under
             any other, and to count the drops, pass the routing through ``limited``.
+        implementation: of grouped products, a name of ``grouped.IMPLEMENTATIONS``.
         how: the way over a mesh, inside ``shard_map``; None stays on this device.
 
     Raises:
-        ValueError: for a name that does not exist, or a capacity missing or unused.
+        ValueError: for a name that does not exist, a capacity missing or unused, and
+            ids, weights or experts of which there are not equally many.
     """
-    dispatch = dispatch_of(dispatcher, activation=activation, capacity=capacity)
     how = Exchange() if how is None else how
+    _check_sizes(x, routing, experts, alone=how.expert_axis is None)
+    dispatch = dispatch_of(
+        dispatcher,
+        activation=activation,
+        capacity=capacity,
+        implementation=implementation,
+    )
     chosen, weights = routing.experts, routing.weights
     return exchange(dispatch, x, chosen, weights, experts, how=how).values
+
+
+def _check_sizes(
+    x: Array, routing: Routing, experts: GatedExperts, *, alone: bool
+) -> None:
+    shapes = routing.experts.shape, routing.weights.shape
+    if shapes[0] != shapes[1] or shapes[0][:1] != x.shape[:1]:
+        raise ValueError(
+            f"ids of shape {shapes[0]} and weights of shape {shapes[1]} for"
+            f" {x.shape[0]} tokens: each token must have a row in both, equally wide"
+        )
+    known, there = routing.probs.shape[1], experts.up.shape[0]
+    if alone and known != there:
+        raise ValueError(
+            f"a routing over {known} experts, and weights of {there}: must be equally"
+            " many; over a mesh, name its axis in how.expert_axis"
+        )
 
 
 EXCHANGES: dict[str, Callable[..., Exchanged]] = {

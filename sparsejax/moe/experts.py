@@ -109,11 +109,16 @@ def grouped(
     group_sizes: Int[Array, " e"],
     *,
     activation: Hidden,
+    implementation: str | None = None,
 ) -> Float[Array, "m d"]:
-    """Apply each expert to its group of consecutive rows; rows past the last give 0."""
+    """Apply each expert to its group of consecutive rows; rows past the last give 0.
+
+    Args:
+        implementation: of ``grouped_matmul``.
+    """
 
     def product(x: Array, weight: Array, bias: Array | None) -> Array:
-        y = grouped_matmul(x, weight, group_sizes)
+        y = grouped_matmul(x, weight, group_sizes, implementation=implementation)
         if bias is None:
             return y
         rows = jnp.arange(x.shape[0], dtype=group_sizes.dtype)

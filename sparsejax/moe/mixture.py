@@ -59,7 +59,10 @@ def mixed(
         )
         plan = _plan(config, tokens=rows.shape[0], devices=devices, total=total)
         dispatch = dispatch_of(
-            config.dispatcher, activation=config.activation, capacity=plan.capacity
+            config.dispatcher,
+            activation=config.activation,
+            capacity=plan.capacity,
+            implementation=config.implementation,
         )
         experts = with_one_bias(experts, plan.how.tensor_axis)
         y, causes = exchange(dispatch, rows, chosen, weights, experts, how=plan.how)

@@ -274,6 +274,33 @@ def test_usage_of_known_reads(ids, weights, expected):
     found = jax.jit(partial(usage, slots=4))(ids, weights)
     values = [found[name] for name in ("usage", "usage_kl", "entropy")]
     np.testing.assert_allclose(values, expected, atol=1e-6)
+    np.testing.assert_allclose(found["dead"], 1 - found["usage"])
+
+
+def test_slots_are_counted_where_they_are_read_by_tokens_that_count():
+    ids = jnp.array([[[1, 2], [1, 0]], [[3, 3], [2, 1]]])
+    weights = jnp.array([[[0.5, 0.5], [1.0, 0.0]], [[0.1, 0.9], [0.0, 1.0]]])
+    found = memory.slot_counts(ids, weights, slots=5)
+    assert found.tolist() == [0, 3, 1, 2, 0]
+    valid = jnp.array([[True, False]])
+    found = memory.slot_counts(ids, weights, slots=5, valid=valid)
+    assert found.tolist() == [0, 2, 1, 0, 0]
+
+
+def test_a_tree_can_be_trained_softly_and_evaluated_by_one_leaf(key):
+    config = memory.FastFeedForwardConfig(depth=2, leaf_width=3, inference="hard")
+    layer = memory.FastFeedForward(config, WIDTH, rngs=nnx.Rngs(0))
+
+    def values(**changes):
+        layer.config = replace(config, **changes)
+        return run(layer, tokens(key)).value
+
+    soft, hard = values(inference=None), values(inference=None, path="hard")
+    assert (soft != hard).any()
+    np.testing.assert_array_equal(values(), hard)
+    layer.config = config
+    training = layer(tokens(key), key=jax.random.key(0)).value
+    np.testing.assert_allclose(training, soft, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -285,6 +312,11 @@ def test_usage_of_known_reads(ids, weights, expected):
         (memory.PEERConfig, {"sub_keys": 9, "key_width": 7}, "key_width=7: .* even"),
         (memory.PEERConfig, {"sub_keys": 9, "heads": 0}, "heads=0: must be at least"),
         (memory.PEERConfig, {"sub_keys": 9, "scores": "max"}, "scores='max': expected"),
+        (
+            memory.PEERConfig,
+            {"sub_keys": 9, "implementation": "mosaic"},
+            "implementation='mosaic': .*did you mean 'mosaic_tpu'",
+        ),
         (
             memory.MemoryPlusConfig,
             {"sub_keys": 9, "value_width": 0},

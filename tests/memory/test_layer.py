@@ -92,7 +92,7 @@ def test_layer_keeps_shape_and_dtype(config, key):
     assert np.isfinite(out.value).all()
     assert out.value.shape == half.out.value.shape == SHAPE
     assert (out.value.dtype, half.out.value.dtype) == (jnp.float32, jnp.bfloat16)
-    assert set(out.metrics) == {"usage", "usage_kl", "entropy"}
+    assert set(out.metrics) == {"usage", "dead", "usage_kl", "entropy"}
     scalars = [*half.out.metrics.values(), *half.out.losses.values()]
     assert all(x.shape == () and x.dtype == jnp.float32 for x in scalars)
 

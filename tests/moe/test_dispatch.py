@@ -315,3 +315,16 @@ def test_wrong_settings_are_named(settings, message):
     x, _, experts = problem()
     with pytest.raises(ValueError, match=message):
         apply_experts(x, crowded(), experts, **settings)
+
+
+def test_a_routing_of_other_sizes_is_refused():
+    x, _, experts = problem()
+    one = {"losses": {}, "probs": jnp.full((TOKENS, EXPERTS), 1 / EXPERTS)}
+    ids, weights = jnp.zeros((TOKENS, 2), jnp.int32), jnp.ones((TOKENS, 3))
+    with pytest.raises(ValueError, match=r"ids of shape .* and weights of shape"):
+        apply_experts(x, Routing(ids, weights, **one), experts)
+    with pytest.raises(ValueError, match=rf"for {TOKENS - 1} tokens"):
+        apply_experts(x[1:], Routing(ids, weights[:, :2], **one), experts)
+    fewer = jax.tree.map(lambda w: w[:2], experts)
+    with pytest.raises(ValueError, match=f"over {EXPERTS} experts, and weights of 2"):
+        apply_experts(x, Routing(ids, weights[:, :2], **one), fewer)

@@ -228,6 +228,22 @@ def test_sigma_moe_entropy_is_least_when_the_mean_choice_is_uniform():
     assert random > loss
 
 
+def test_a_dropped_expert_is_not_visited_in_training_alone():
+    logits = logits_of(0)
+    drop = {"k": 2, "expert_dropout": 0.5}
+    kept = jax.random.bernoulli(jax.random.key(0), 0.5, logits.shape)
+    found = sigma_moe(logits, **drop, key=jax.random.key(0))
+    expected = sigma_moe(jnp.where(kept, logits, -jnp.inf), k=2)
+    live = np.asarray(expected.weights) > 0
+    np.testing.assert_array_equal(np.asarray(found.weights) > 0, live)
+    chosen = [np.where(live, r.experts, -1) for r in (found, expected)]
+    np.testing.assert_array_equal(*chosen)
+    np.testing.assert_allclose(found.weights, expected.weights)
+    assert (~kept).sum() > logits.size // 4
+    plain, without = sigma_moe(logits, k=2), sigma_moe(logits, **drop)
+    np.testing.assert_array_equal(plain.experts, without.experts)
+
+
 def test_sigma_moe_entropy_ignores_padding():
     logits, valid = logits_of(0), jnp.arange(TOKENS) < 10
     poisoned = logits.at[10:].set(1e4)
@@ -237,8 +253,9 @@ def test_sigma_moe_entropy_ignores_padding():
 
 
 def test_sources_and_settings_are_read_from_the_signature():
-    assert accepts(sigmoid.sigma_moe) == {"logits", "bias", "valid"}
-    assert settings(sigmoid.sigma_moe) == {"entropy_weight": 1e-3}
+    assert accepts(sigmoid.sigma_moe) == {"logits", "bias", "valid", "key"}
+    own = {"entropy_weight": 1e-3, "expert_dropout": 0.0}
+    assert settings(sigmoid.sigma_moe) == own
     assert settings(top_k.switch) == {}
     found = settings(top_k.noisy_top_k)
     assert found == {"importance_weight": 0.1, "load_weight": 0.1}

@@ -92,6 +92,17 @@ def test_a_layer_trains_two_steps_with_every_router(router, tables):
     assert all(jax.tree.leaves(moved)), moved
 
 
+def test_a_config_names_how_groups_are_multiplied():
+    values = [
+        run(MoE(config(dispatcher="grouped", **named), WIDTH, rngs=nnx.Rngs(0))).value
+        for named in ({}, {"implementation": "reference"})
+    ]
+    np.testing.assert_allclose(*values, rtol=1e-5, atol=1e-6)
+    named = config(dispatcher="grouped", implementation="mosaic_gpu")
+    with pytest.raises(ValueError, match="implementation='mosaic_gpu'"):
+        run(MoE(named, WIDTH, rngs=nnx.Rngs(0)))
+
+
 def test_what_nobody_reads_is_not_built():
     assert not hasattr(MoE(config("hash_random"), WIDTH, rngs=nnx.Rngs(0)), "router")
     state = nnx.state(MoE(config("k_means"), WIDTH, rngs=nnx.Rngs(0)), RouterState)
@@ -174,6 +185,11 @@ def test_a_layer_without_the_ids_its_router_hashes_says_so():
         ("switch", {"table": "no.npy"}, "table='no.npy': .* looks nothing up"),
         ("switch", {"halt_below": 0.1}, "halt_below=0.1: a single hop cannot halt"),
         ("switch", {"hops": 0}, "hops=0: at least 1"),
+        ("sigma_moe", {"router_arguments": {"expert_dropout": 1.0}},
+         r"expert_dropout=1\.0: must be in"),
+        ("switch", {"implementation": "xla"}, "implementation='xla': .*'dense' has no"),
+        ("switch", {"implementation": "xl", "dispatcher": "grouped"},
+         "implementation='xl'.*did you mean 'xla'"),
         ("remoe", {"state_rate": -1.0}, "state_rate=-1.0: at least 0"),
         ("hash_random", {"per_token": 2}, "k=2: a hash visits one expert"),
         ("selective_sinkhorn", {"router_arguments": {"probability": 2.0}},

@@ -276,7 +276,8 @@ def expert_choice_by_position(
 ) -> Routing:
     """Let every expert take its best among the tokens at the same place of each row.
 
-    No token sees a later one of its own sequence; the sequences of a batch compete.
+    No token sees a later one of its own sequence; the sequences of a batch compete. One
+    by itself has nobody to compete with: each of its tokens visits all experts.
 
     Args:
         batch: sequences that the tokens are of; one if not given.

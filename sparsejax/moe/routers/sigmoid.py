@@ -10,7 +10,7 @@ from sparsejax.moe.routers.routing import (
     pick,
     valid_mean,
 )
-from sparsejax.typing import Array, Bool, Float
+from sparsejax.typing import Array, Bool, Float, PRNGKeyArray
 
 __all__ = ["sigma_moe", "sigmoid_top_k"]
 
@@ -56,20 +56,32 @@ def sigma_moe(
     k: int,
     bias: Float[Array, " e"] | None = None,
     valid: Bool[Array, " n"] | None = None,
+    key: PRNGKeyArray | None = None,
     entropy_weight: float = 1e-3,
+    expert_dropout: float = 0.0,
 ) -> Routing:
     """Weigh the best experts by their sigmoids; keep the mean choice spread out.
 
     Args:
         valid: tokens that count in the loss.
+        key: random key in training, None otherwise.
         entropy_weight: weight of minus the entropy of the mean softmax.
+        expert_dropout: probability that a token may not visit an expert, in training.
 
-    Source: Csordás et al. 2023, arXiv:2310.10837, Sec. 4. Departure: expert dropout is
-    left to the caller, who may set logits to minus infinity.
+    Raises:
+        ValueError: unless the probability is in [0, 1).
+
+    Source: Csordás et al. 2023, arXiv:2310.10837, Sec. 4.
     """
+    if not 0 <= expert_dropout < 1:
+        raise ValueError(f"expert_dropout={expert_dropout}: must be in [0, 1)")
     logits = logits.astype(jnp.float32)
-    scores = jax.nn.sigmoid(logits)
-    chosen = choose(scores, k, bias)
+    scores = eligible = jax.nn.sigmoid(logits)
+    if key is not None and expert_dropout:
+        kept = jax.random.bernoulli(key, 1 - expert_dropout, scores.shape)
+        scores = jnp.where(kept, scores, 0)
+        eligible = jnp.where(kept, scores, -jnp.inf)
+    chosen = choose(eligible, k, bias)
     mean = valid_mean(jax.nn.softmax(logits), valid)
     negative_entropy = (mean * jnp.log(jnp.maximum(mean, 1e-30))).sum()
     losses = {"router_entropy": entropy_weight * negative_entropy}
