@@ -108,6 +108,32 @@ def test_any_mesh_equals_one_device(shape, dispatcher):
         assert_close(everything.__wrapped__(dispatcher), alone)
 
 
+# Routers that leave the number of visits open, and those that look at all tokens.
+WIDE = ["block_ffn", "expert_choice", "expert_choice_by_position", "remoe"]
+WAYS = {
+    "ring": "expert 4",
+    "ragged_all_to_all": "expert 8",
+    "all_to_all": "data 2, expert 2, tensor 2",
+}
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize("exchange", sorted(WAYS))
+@pytest.mark.parametrize("router", [*WIDE, "k_means", "s_base"])
+def test_routers_that_look_around_choose_alike_on_every_mesh(router, exchange):
+    settings = {"dispatcher": "grouped", "exchange": exchange, "router": router}
+    moe = MoE(config(**settings), WIDTH, rngs=nnx.Rngs(0))
+    valid = jnp.ones((8, 4), bool).at[3, 2:].set(False)
+
+    def found():
+        step, state = step_of(moe)
+        return step(state, tokens(), valid)
+
+    alone = found()
+    with jax.set_mesh(mesh_of(MESHES[WAYS[exchange]])):
+        assert_close(found(), alone)
+
+
 @pytest.mark.few(1)
 @pytest.mark.parametrize("dispatcher", sorted(DISPATCHERS))
 def test_padding_changes_nothing_and_gets_nothing(dispatcher):
