@@ -95,8 +95,8 @@ def upcycle(
     )
     key = jax.random.key(config.seed)
     sparse = upcycled(model, config.model, key=key, drop=drop)
-    params = nnx.state(sparse, nnx.Param)
-    write_start(out, config, lambda x: x.init()._replace(params=params))
+    made = nnx.split(sparse, nnx.Param, ...)[1:]
+    write_start(out, config, lambda trainer: trainer.step.begin(*made))
     return config
 
 

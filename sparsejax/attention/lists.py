@@ -128,13 +128,16 @@ def of_pattern(pattern: Pattern, grid: Grid, q_offset: int) -> Lists:
 
 
 def most(pattern: Pattern, grid: Grid) -> int:
-    """Bound the live blocks of a row, wherever among the keys or behind they begin."""
-    first = np.arange(2 * grid.kv_len)
+    """Bound the live blocks of a row that begins before twice the keys' end.
+
+    Where rules that exclude each other share a block it counts as live.
+    """
+    first, width = np.arange(2 * grid.kv_len), grid.block_kv
     blocks = np.zeros(first.shape, np.int64)
     for span in pattern.reads(Span(first, first + grid.block_q - 1)):
         low, high = np.maximum(span.first, 0), np.minimum(span.last, 2 * grid.kv_len)
-        touched = (high - low) // grid.block_kv + 2  # wherever an interval begins
-        blocks += np.where(high >= low, touched, 0)
+        touched = (high - low) // width + 2  # wherever an interval begins
+        blocks += np.where(high >= low, touched, low - high < width)
     return max(1, min(int(blocks.max()), grid.columns))
 
 

@@ -80,8 +80,8 @@ class BlockMask:
     ) -> "BlockMask":
         """Build the mask of a pattern, or of a tuple with one pattern for each head.
 
-        A static offset gives exact numpy tables; a traced one gives tables wide enough
-        for any, meant for the few queries of cached decoding.
+        A static offset gives exact numpy tables; a traced one, as cached decoding has,
+        gives tables wide enough for any below twice the number of keys.
 
         Raises:
             ValueError: if a length or block is not positive, or the tuple is empty.

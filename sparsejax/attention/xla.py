@@ -2,7 +2,7 @@
 
 No score matrix exists, the time follows the listed keys, and the backward pass adds dK
 and dV in place. (One query has a row of scores, and unless its list is short it is best
-served with all keys where they lie; values that it does not see must be finite then.)
+served with all keys where they lie; what it does not see must be finite then.)
 Three paths, by the mask's blocks: usually every row has its list ``walked``, some
 blocks at a step, with an online softmax. Where every query has a list of its own,
 ``key_major`` makes tiles of the queries that read the same block. Where blocks are

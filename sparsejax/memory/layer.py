@@ -19,7 +19,7 @@ from sparsejax.memory.bag import embedding_bag
 from sparsejax.memory.config import Lookup, MemoryConfig, MemoryPlusConfig
 from sparsejax.memory.lookup import Hits, product_key_top_k
 from sparsejax.memory.table import Table
-from sparsejax.memory.usage import mean_of_valid, usage
+from sparsejax.memory.usage import counts_of, mean_of_valid, usage
 from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 
 __all__ = [
@@ -70,11 +70,9 @@ def standardize(
     """Subtract the mean and divide by the deviation, each channel's own.
 
     Args:
-        moments: the mean, and the mean of squares.
+        moments: the mean, and the variance.
     """
-    mean, square = moments
-    variance = jnp.maximum(square - jnp.square(mean), 0)
-    return (x - mean[None]) * jax.lax.rsqrt(variance + 1e-5)[None]
+    return (x - moments[0][None]) * jax.lax.rsqrt(moments[1] + 1e-5)[None]
 
 
 class QueryMoments(nnx.Variable):
@@ -82,14 +80,19 @@ class QueryMoments(nnx.Variable):
 
 
 def moved_moments(
-    moments: Float[Array, "*l 2 h c"], seen: Float[Array, "*l 2 h c"]
+    moments: Float[Array, "*l 2 h c"], sums: Float[Array, "*l 3 h c"]
 ) -> Float[Array, "*l 2 h c"]:
-    """Move running moments towards those of a batch.
+    """Move running moments towards those of a batch, if it had any tokens.
+
+    Args:
+        sums: of queries, of their squares, and, last, their number.
 
     Source: Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2. Departure: an exponential
     average, of squares and not of variances, so that batches may differ in their mean.
     """
-    return moments + MOMENTUM * (seen - moments)
+    count = sums[..., 2:, :, :]
+    found = sums[..., :2, :, :] / jnp.maximum(count, 1e-9)
+    return jnp.where(count > 0, moments + MOMENTUM * (found - moments), moments)
 
 
 class ProductKeys(nnx.Module):
@@ -115,11 +118,17 @@ class ProductKeys(nnx.Module):
 
     def moments_of(
         self, x: Float[Array, "n d"], valid: Bool[Array, "b t"] | None
-    ) -> Float[Array, "2 h c"]:
-        """Give the mean query of the valid tokens, and the mean of its squares."""
-        queries = self.queries(x)
-        both = jnp.stack([queries, jnp.square(queries)], axis=1)
-        return mean_of_valid(both, valid)
+    ) -> tuple[Float[Array, "2 h c"], Float[Array, "3 h c"]]:
+        """Give mean and variance of the valid tokens' queries, and what runs of them.
+
+        That is their sum, the sum of their squares, and their number.
+        """
+        queries, counted = self.queries(x), counts_of(valid, x.shape[0])
+        mean = mean_of_valid(queries, valid)
+        variance = mean_of_valid(jnp.square(queries - mean[None]), valid)
+        parts = jnp.stack([queries, jnp.square(queries), jnp.ones_like(queries)])
+        sums = jnp.einsum("n,pnhc->phc", counted, jax.lax.stop_gradient(parts))
+        return jnp.stack([mean, variance]), sums
 
     def __call__(
         self,
@@ -135,13 +144,15 @@ class ProductKeys(nnx.Module):
         Args:
             k: slots per head.
             norm: what is done to the query of each head.
-            moments: of the batch, for its norm; None takes the running ones.
+            moments: mean and variance of the batch, for its norm; None takes those
+                that run.
             gain: if given, each half of every query and key is divided by its root
                 mean square, and scores are multiplied by the gain of their head.
         """
         query, keys = self.queries(x), self.keys[...]
         if norm == "batch":
-            running = self.moments[...]
+            mean, square = self.moments[...]
+            running = jnp.stack([mean, jnp.maximum(square - jnp.square(mean), 0)])
             query = standardize(query, running if moments is None else moments)
         else:
             query = normalize(query, norm)
@@ -164,8 +175,8 @@ def batch_moments(
     """
     if key is None or not hasattr(lookup, "moments"):
         return None, {}
-    moments = lookup.moments_of(rows, valid)
-    return moments, {"evidence/queries": jax.lax.stop_gradient(moments)}
+    moments, sums = lookup.moments_of(rows, valid)
+    return moments, {"evidence/queries": sums}
 
 
 def _projects(inner: int, width: int, gate: str) -> bool:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sparsejax.typing import Array, Bool, Float, Int
 
-__all__ = ["entropy", "mean_of_valid", "slot_counts", "usage"]
+__all__ = ["counts_of", "entropy", "mean_of_valid", "slot_counts", "usage"]
 
 
 def usage(
@@ -32,7 +32,7 @@ def usage(
     Source: Lample et al. 2019, arXiv:1907.05242, Sec. 4.
     """
     weights = jax.lax.stop_gradient(weights).astype(jnp.float32)
-    counted = _counted(valid, ids.shape[0])
+    counted = counts_of(valid, ids.shape[0])
     total = jnp.zeros(slots, jnp.float32).at[ids].add(weights * counted[:, None, None])
     used = jnp.mean(total > 0, dtype=jnp.float32)
     return {
@@ -72,12 +72,13 @@ def mean_of_valid(
     x: Float[Array, "n *shape"], valid: Bool[Array, "b t"] | None
 ) -> Float[Array, "*shape"]:
     """Mean over the tokens that count; 0 if there are none."""
-    counted = _counted(valid, x.shape[0])
+    counted = counts_of(valid, x.shape[0])
     each = counted.reshape(-1, *[1] * (x.ndim - 1))
     return (x * each).sum(axis=0) / jnp.maximum(counted.sum(), 1)
 
 
-def _counted(valid: Bool[Array, "b t"] | None, tokens: int) -> Float[Array, " n"]:
+def counts_of(valid: Bool[Array, "b t"] | None, tokens: int) -> Float[Array, " n"]:
+    """Give 1 for each token that counts, 0 for the others."""
     if valid is None:
         return jnp.ones(tokens, jnp.float32)
     return valid.reshape(-1).astype(jnp.float32)

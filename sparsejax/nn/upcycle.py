@@ -1,7 +1,8 @@
 """Sparse upcycling: a trained dense model becomes one of routed experts.
 
 A conversion is a pure function from a model and another config to a model of it. Every
-parameter that both have is taken over; what only the new one has is drawn.
+parameter and every state that both have is taken over; what only the new one has is
+drawn.
 """
 
 import dataclasses
@@ -47,6 +48,7 @@ def upcycled(
     sparse = Transformer(config, model.vocabulary, rngs=nnx.Rngs(draw))
     dense = leaves(nnx.state(model, nnx.Param))
     graph, params, rest = nnx.split(sparse, nnx.Param, ...)
+    kept = leaves(nnx.split(model, nnx.Param, ...)[2])  # moments and centroids
 
     def take(path: str, value: Array) -> Array:
         parent, _, name = path.rpartition("/")
@@ -58,6 +60,7 @@ def upcycled(
         own = jax.random.fold_in(again, sorted(dense).index(f"{parent[:-3]}ffn/up"))
         return dropped(copies, own, share=drop, axis=CHANNELS[name])
 
+    rest = map_with_path(kept.get, rest)
     return nnx.merge(graph, map_with_path(take, params), rest)
 
 

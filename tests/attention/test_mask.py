@@ -18,6 +18,7 @@ from sparsejax.attention import (
 )
 from sparsejax.attention import lists as ls
 from sparsejax.attention.lists import check_blocks, kind_map
+from sparsejax.attention.patterns import offsets
 from sparsejax.attention.restrict import restrict
 from tests.attention.test_patterns import EXAMPLES, expressions
 
@@ -80,10 +81,32 @@ def test_a_traced_offset_gives_the_same_mask_as_a_static_one(name):
     assert static.ids.shape[-1] <= traced.ids.shape[-1] <= 5
 
 
-@given(pattern=expressions, offset=st.integers(0, 60))
-def test_a_table_for_any_offset_is_wide_enough_for_each(pattern, offset):
-    grid = ls.Grid(q_len=3, kv_len=27, block_q=1, block_kv=6)
-    assert ls.of_pattern(pattern, grid, offset).count.max() <= ls.most(pattern, grid)
+def live_blocks(pattern, grid, offset):
+    """How many blocks of a row count as live at most: all of them are judged."""
+    row, column = np.arange(grid.rows)[:, None], np.arange(grid.columns)[None]
+    return (grid.kinds(pattern, row, column, offset) > ls.EMPTY).sum(axis=1).max()
+
+
+@given(pattern=expressions, offset=st.integers(0, 50), block_q=st.integers(1, 4))
+def test_a_table_for_any_offset_is_wide_enough_for_each(pattern, offset, block_q):
+    grid = ls.Grid(q_len=3, kv_len=27, block_q=block_q, block_kv=6)
+    assert live_blocks(pattern, grid, offset) <= ls.most(pattern, grid)
+
+
+def test_rules_that_exclude_each_other_take_no_place_from_others():
+    """Their block counts as live, before that of the query's own key."""
+
+    def nothing(n):
+        return offsets(n, n + 3) & offsets(n + 5, n + 8)
+
+    pattern = offsets(0, 1) | nothing(30) | nothing(50) | nothing(70) | nothing(90)
+    grid = ls.Grid(q_len=1, kv_len=128, block_q=1, block_kv=16)
+    for offset in range(2 * grid.kv_len):
+        assert live_blocks(pattern, grid, offset) <= ls.most(pattern, grid)
+    sizes = {"q_len": 1, "kv_len": 128, "block_q": 1, "block_kv": 16}
+    for offset in (110, 115, 120):
+        traced = BlockMask.from_pattern(pattern, **sizes, q_offset=jnp.int32(offset))
+        assert np.asarray(traced.to_dense()).sum() == 2
 
 
 def test_a_window_has_short_tables_wherever_it_begins():

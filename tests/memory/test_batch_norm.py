@@ -30,12 +30,13 @@ def run(graph, state, x, **keywords):
     return nnx.merge(graph, state)(x, **keywords)
 
 
-def moments(graph, state, x):
-    """Of the real tokens' queries, one by one."""
+def sums(graph, state, x):
+    """Of the real tokens' queries, one by one, of their squares, and their number."""
     weight = np.asarray(nnx.merge(graph, state).lookup.query[...])
     real = np.asarray(x)[PAD]
     queries = np.einsum("nd,dhc->nhc", real, weight)
-    return np.stack([queries.mean(axis=0), np.square(queries).mean(axis=0)])
+    parts = queries, np.square(queries), np.ones_like(queries)
+    return np.stack([part.sum(axis=0) for part in parts])
 
 
 @every_kind
@@ -44,14 +45,14 @@ def test_training_norms_by_the_batch_and_evaluation_by_what_runs(config, key):
     x = 3 * tokens(key) + 1
     about = {"valid": jnp.asarray(PAD)}
     training = run(graph, state, x, **about, key=jax.random.key(0))
-    seen = moments(graph, state, x)
+    seen = sums(graph, state, x)
     found = training.metrics["evidence/queries"]
     np.testing.assert_allclose(found, seen, rtol=2e-5, atol=1e-5)
     evaluated = run(graph, state, x, **about)
     assert "evidence/queries" not in evaluated.metrics
     assert (evaluated.value != training.value).any()
     layer = nnx.merge(graph, state)
-    layer.lookup.moments[...] = found
+    layer.lookup.moments[...] = found[:2] / found[2:]
     after = run(*nnx.split(layer), x, **about)
     np.testing.assert_allclose(after.value, training.value, rtol=2e-5, atol=2e-6)
 
@@ -95,12 +96,15 @@ def test_running_moments_become_those_of_all_batches():
     """Their variance is of all queries: of every batch, and between batches."""
     queries = np.random.default_rng(0).normal(2, 3, (200, 5, 2, 8))
     moments = jnp.zeros((2, 2, 8)).at[1].set(1)
-    batch = np.stack([queries.mean(axis=(0, 1)), np.square(queries).mean(axis=(0, 1))])
+    parts = queries, np.square(queries), np.ones_like(queries)
+    batch = np.stack([part.mean(axis=0).sum(axis=0) for part in parts])
     for _ in range(200):
         moments = memory.moved_moments(moments, jnp.asarray(batch, "float32"))
     mean, square = np.asarray(moments)
     np.testing.assert_allclose(mean, queries.mean(axis=(0, 1)), rtol=1e-4)
     np.testing.assert_allclose(square - mean**2, queries.var(axis=(0, 1)), rtol=1e-3)
+    nothing = memory.moved_moments(moments, jnp.zeros((3, 2, 8)))
+    np.testing.assert_array_equal(nothing, moments)
 
 
 def test_other_norms_have_no_moments():
@@ -134,3 +138,12 @@ def test_running_moments_follow_the_batches_on_every_mesh_alike():
     np.testing.assert_allclose(after(3, mesh=mesh)[name], three[name], atol=2e-5)
     parts = after(1, toy.one_device(), optim={"accumulate": 2})
     np.testing.assert_allclose(parts[name], one[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_spread_that_is_small_beside_the_mean_is_seen():
+    layer = memory.PEER(CONFIGS["peer"], WIDTH, rngs=nnx.Rngs(0))
+    layer.lookup.query[...] = jnp.ones_like(layer.lookup.query[...])
+    x = 10 + 1e-2 * jax.random.normal(jax.random.key(0), (64, WIDTH))
+    (_, variance), _ = layer.lookup.moments_of(x, None)
+    queries = np.float64(x).sum(axis=-1)
+    np.testing.assert_allclose(variance, queries.var(), rtol=1e-2)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sparsejax.attention import AttentionConfig
 from sparsejax.config import ConfigError, convert
 from sparsejax.nn import GatedConfig, ModelConfig, Transformer
 from sparsejax.nn.transformer import before
@@ -112,6 +113,22 @@ def test_an_upcycled_model_begins_as_the_dense_one():
     sparse = upcycled(dense, config, key=KEY)
     a, b = (call(model, tokens()).value for model in (dense, sparse))
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_upcycling_keeps_state_that_is_no_parameter():
+    attention = {"selector": "routing", "selection": {"clusters": 3, "top": 4}}
+    config = dataclasses.replace(
+        dense_and()[1], attention=AttentionConfig(**attention, block_q=4, block_kv=4)
+    )
+    dense = dataclasses.replace(config, ffn=GatedConfig(hidden=16))
+    model = Transformer(dense, 32, rngs=nnx.Rngs(1))
+    kept, found = (
+        leaves(nnx.split(each, nnx.Param, ...)[2])
+        for each in (model, upcycled(model, config, key=KEY))
+    )
+    (name,) = kept
+    assert name.endswith("mixer/centroids")
+    np.testing.assert_array_equal(found[name], kept[name])
 
 
 def test_without_renormalisation_upcycling_dips():
