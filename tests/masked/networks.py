@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from sparsejax.masked import MaskedConfig, effective, sparse
+from sparsejax.train.optim import OptimConfig, make_optimizer
 
 TX = {
     "adamw": optax.adamw(1e-2, weight_decay=0.1),
@@ -15,9 +16,11 @@ TX = {
     "adafactor": optax.adafactor(1e-2, min_dim_size_to_factor=64),
     "factored": optax.adafactor(1e-2, min_dim_size_to_factor=4, momentum=0.9),
     "sgd": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
-    "muon": optax.contrib.muon(1e-2, weight_decay=0.1),
     "accumulating": optax.MultiSteps(optax.adamw(1e-2), 2).gradient_transformation(),
 }
+MUON = OptimConfig(
+    learning_rate=1e-2, name="muon", schedule="constant", weight_decay=0.1
+)
 UP, DOWN, EXPERTS = "stacks/0/ffn/up", "stacks/0/ffn/down", "moe/up"
 
 
@@ -43,6 +46,10 @@ class Network(nnx.Module):
 def network(key, dtype=jnp.float32):
     """Give the parameters alone."""
     return nnx.state(Network(key, dtype), nnx.Param)
+
+
+# Stacks are matrices to it only by their axes.
+TX["muon"] = make_optimizer(MUON, 10, jax.eval_shape(network, jax.random.key(3)))
 
 
 def loss(params, x):

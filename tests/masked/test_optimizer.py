@@ -43,7 +43,6 @@ def dead_values(params, state):
                 yield name, x[~mask]
 
 
-@pytest.mark.few(2)
 @pytest.mark.parametrize(("name", "updater"), PAIRS)
 def test_pruned_weights_and_their_moments_are_zero_after_every_step(name, updater):
     moments = 0
@@ -68,6 +67,16 @@ def test_grown_weights_start_from_zero_with_moments_zero(name, updater):
             for x in [tree.leaves(params)[path], *of_path]:
                 assert x.shape != new.shape or not np.asarray(x)[new].any()
     assert grown > 0
+
+
+def test_muon_has_the_momentum_of_what_is_masked():
+    states = jax.tree.leaves(
+        history("muon", "rigl")[-1][1].inner,
+        is_leaf=lambda x: isinstance(x, optax.contrib.MuonState),
+    )
+    (state,) = (x for x in states if isinstance(x, optax.contrib.MuonState))
+    assert set(tree.leaves(state.mu)) == set(MASKED)
+    assert all(x.any() for x in tree.leaves(state.mu).values())
 
 
 def test_rigl_takes_no_gradient_step_when_it_moves_weights():
