@@ -192,6 +192,19 @@ PARTNERS = {
     top_kast: {"updater": ("select",)},
     Butterfly: {"updater": ("static", "select")},
 }
+# The least and most that an argument of a member may be; None: any finite number.
+RANGES: dict[object, dict[str, tuple[int, int | None]]] = {
+    NOfM: {"m": (1, None)},
+    Transposable: {"m": (1, 4)},
+    Block: {"power": (1, None)},
+    Butterfly: {"block": (1, None)},
+    erk: {"power": (0, None)},
+    sr_ste: {"decay": (0, None)},
+    exponential_mask_decay: {"rate": (0, None)},
+    top_kast: {"backward": (0, 1), "decay": (0, None)},
+    srigl: {"salient": (0, 1)},
+    learned: {"rate": (0, None), "prior": (0, None), "reward": (0, None)},
+}
 
 __all__ = [
     "ALLOCATIONS",

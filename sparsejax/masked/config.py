@@ -1,10 +1,11 @@
 """The plan of a masked run: which weights, how many, which ones, and when."""
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from sparsejax import masked
 from sparsejax.config import choose, near, require
@@ -153,6 +154,14 @@ class MaskedConfig:
         self._check_partners()
         self._check_products()
         self._check_allocation()
+        backward = self.estimator_arguments.get("backward", 1.0)
+        require(
+            backward >= self.density,
+            "estimator_arguments.backward",
+            backward,
+            f"must be at least density={self.density}, for what is computed with is"
+            " trained; raise it",
+        )
 
     def _check_partners(self) -> None:
         """Some members are made for certain others."""
@@ -216,12 +225,51 @@ def _check_keywords(field: str, given: Mapping[str, Any], function: Any) -> None
         if x.kind is x.KEYWORD_ONLY
     }
     for name, value in given.items():
+        where = f"{field}.{name}"
         rule = f"no argument of {function.__name__}{near(name, known)}"
-        require(name in known, f"{field}.{name}", value, rule)
+        require(name in known, where, value, rule)
+        _check_value(where, value, known[name])
+        _check_range(where, value, known[name], masked.RANGES.get(function, {}))
     for name, x in known.items():
         missing = x.default is x.empty and name not in given
         rule = f"{function.__name__} needs {name}; give it"
         require(not missing, field, dict(given), rule)
+
+
+def _check_value(field: str, value: Any, known: inspect.Parameter) -> None:
+    """Ask for the type that a member declares; an axis may have a letter for it."""
+    kind = known.annotation
+    letter = known.name == "axis" and isinstance(value, str)
+    name = kind.__name__ if get_origin(kind) is None else str(kind)
+    rule = f"must be of type {name}"
+    require(letter or _fits(kind, value), field, value, rule)
+
+
+def _check_range(
+    field: str,
+    value: Any,
+    known: inspect.Parameter,
+    ranges: Mapping[str, tuple[int, int | None]],
+) -> None:
+    if known.name not in ranges:
+        return
+    least, most = ranges[known.name]
+    inside = math.isfinite(value) and least <= value <= (most or value)
+    rule = f"must be in [{least}, {most}]" if most else f"must be at least {least}"
+    if known.default is not known.empty:
+        rule += f"; the default is {known.default}"
+    require(inside, field, value, rule)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Whether a value is of a kind; an int is a float, a bool is neither."""
+    outer, inner = get_origin(kind), get_args(kind)
+    if outer is None:
+        return type(value) in ((int, float) if kind is float else (kind,))
+    if not isinstance(value, outer):
+        return False
+    item = inner[0] if outer is tuple else inner[-1]
+    return all(_fits(item, x) for x in (value if outer is tuple else value.values()))
 
 
 def _check_regex(name: str, pattern: str) -> None:

@@ -1,5 +1,7 @@
 """Plans: wrong ones die early and say why; right ones find their layers."""
 
+import re
+
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -8,6 +10,29 @@ from sparsejax.config import ConfigError, FieldError, convert
 from sparsejax.masked import MaskedConfig, sparse
 from sparsejax.masked.plan import targets
 from tests.masked.networks import DOWN, EXPERTS, TX, UP, network, plan
+
+# Kind, member and its other arguments; the argument, its value and the rule it breaks.
+WRONG = [
+    ("estimator", "top_kast", {}, "backward", 1.5, r"in \[0, 1\]"),
+    ("estimator", "top_kast", {"backward": 0.5}, "decay", -1.0, "at least 0"),
+    ("estimator", "sr_ste", {}, "decay", -0.1, "at least 0; the default is 0.0002"),
+    ("estimator", "sr_ste", {}, "decay", float("nan"), "at least 0"),
+    ("estimator", "exponential_mask_decay", {}, "rate", -1.0, "at least 0"),
+    ("updater", "learned", {}, "rate", -1.0, "at least 0"),
+    ("updater", "learned", {}, "prior", -1.0, "at least 0"),
+    ("updater", "learned", {}, "reward", -1.0, "at least 0"),
+    ("updater", "srigl", {}, "salient", 2.0, r"in \[0, 1\]"),
+    ("allocation", "erk", {}, "power", -1.0, "at least 0"),
+    ("allocation", "erk", {}, "power", ("up",), "of type float"),
+    ("allocation", "erk", {}, "dense", 0.5, r"of type tuple\[str, ...\]"),
+    ("allocation", "by_path", {}, "densities", 0.5, "of type .*Mapping"),
+    ("structure", "n_of_m", {}, "m", 0, "at least 1"),
+    ("structure", "n_of_m", {}, "m", "d", "of type int"),
+    ("structure", "transposable", {}, "m", 8, r"in \[1, 4\]"),
+    ("structure", "block", {"tile": (2, 2)}, "power", 0, "at least 1"),
+    ("structure", "block", {}, "tile", 2, r"of type tuple\[int, ...\]"),
+    ("structure", "butterfly", {}, "block", (2, 2), "of type int"),
+]
 
 
 @pytest.mark.parametrize(
@@ -33,8 +58,23 @@ from tests.masked.networks import DOWN, EXPERTS, TX, UP, network, plan
             {"estimator": "sr_ste", "estimator_arguments": {"lambda": 4.0}},
             "estimator_arguments.lambda=4.0: no argument of sr_ste",
         ),
+        *(
+            (
+                {kind: member, f"{kind}_arguments": {**more, name: value}},
+                rf"{kind}_arguments\.{name}={re.escape(repr(value))}: must be {rule}",
+            )
+            for kind, member, more, name, value, rule in WRONG
+        ),
         ({"density": 0.0}, r"density=0.0: must be in \(0, 1\]"),
         ({"density": 1.5}, "density=1.5"),
+        (
+            {
+                "updater": "select",
+                "estimator": "top_kast",
+                "estimator_arguments": {"backward": 0.1},
+            },
+            r"arguments\.backward=0\.1: must be at least density=0\.25",
+        ),
         ({"initial": 0.1}, "initial=0.1: must be at least density=0.25"),
         (
             {"initial": 0.5, "schedule": "constant"},
