@@ -11,6 +11,7 @@ from sparsejax.masked.allocations import (
     by_grasp,
     by_momentum,
     by_path,
+    er,
     erk,
     global_,
     snip,
@@ -112,6 +113,7 @@ CRITERIA = {
 # How much of the density each layer gets: (layers, density, ...) -> densities.
 ALLOCATIONS = {
     "uniform": uniform,
+    "er": er,
     "erk": erk,
     "by_path": by_path,
     "global": global_,

@@ -17,6 +17,7 @@ __all__ = [
     "by_grasp",
     "by_momentum",
     "by_path",
+    "er",
     "erk",
     "global_",
     "snip",
@@ -49,6 +50,24 @@ def uniform(
     return erk(layers, density, power=0.0, dense=dense)
 
 
+def er(
+    layers: Mapping[str, Layer], density: float, *, dense: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Let density fall with fan-in and fan-out only, whatever a kernel spans.
+
+    Proportional to the sum over the product of the last two sides; of a matrix, ``erk``
+    is the same.
+
+    Source: Mocanu et al. 2018, arXiv:1707.04780, Eq. 1.
+
+    Raises:
+        ValueError: if the density cannot be met beside those that stay dense.
+    """
+    flat = {p: Layer(x.shape[-2:]) for p, x in layers.items()}
+    ratio = {p: sum(x.shape) / x.size for p, x in flat.items()}
+    return _proportional(layers, ratio, density, dense)
+
+
 def erk(
     layers: Mapping[str, Layer],
     density: float,
@@ -73,6 +92,16 @@ def erk(
         ValueError: if the density cannot be met beside those that stay dense.
     """
     ratio = {p: (sum(x.shape) / x.size) ** power for p, x in layers.items()}
+    return _proportional(layers, ratio, density, dense)
+
+
+def _proportional(
+    layers: Mapping[str, Layer],
+    ratio: Mapping[str, float],
+    density: float,
+    dense: tuple[str, ...],
+) -> dict[str, float]:
+    """Share out what is not dense by a ratio; what would be denser than dense is."""
     weights = {p: x.size * x.copies for p, x in layers.items()}
     total = density * sum(weights.values())
     full = _matches(layers, dense)

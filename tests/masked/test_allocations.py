@@ -37,13 +37,20 @@ def test_erk_is_proportional_to_sum_over_product():
     assert given["kernel"] == pytest.approx(scale * (3 + 3 + 16 + 32) / (9 * 16 * 32))
 
 
+def test_er_counts_channels_where_erk_counts_the_sides_of_a_kernel_too():
+    given, matrices = ALLOCATIONS["er"](LAYERS, 0.01), {"stack": LAYERS["stack"]}
+    scale = given["stack"] / ((32 + 64) / (32 * 64))
+    assert given["kernel"] == pytest.approx(scale * (16 + 32) / (16 * 32))
+    assert ALLOCATIONS["er"](matrices, 0.1) == ALLOCATIONS["erk"](matrices, 0.1)
+
+
 def test_erk_makes_dense_what_would_exceed_dense():
     given = ALLOCATIONS["erk"](LAYERS, 0.3)
     assert given["small"] == 1.0
     assert given["stack"] < 1
 
 
-@pytest.mark.parametrize("name", ["uniform", "erk"])
+@pytest.mark.parametrize("name", ["uniform", "er", "erk"])
 def test_layers_may_be_kept_dense_and_the_others_pay(name):
     given = ALLOCATIONS[name](LAYERS, 0.4, dense=("^kernel",))
     assert given["kernel"] == 1.0

@@ -41,7 +41,7 @@ WRONG = [
         ({"structure": "blocks"}, r"structure='blocks'.*did you mean 'block'"),
         ({"criterion": "size"}, "criterion='size'"),
         ({"initial_criterion": "rand"}, "did you mean 'random'"),
-        ({"allocation": "er"}, "did you mean 'erk'"),
+        ({"allocation": "erks"}, "did you mean 'erk'"),
         ({"schedule": "cubik"}, "did you mean 'cubic'"),
         ({"updater": "rigle"}, "did you mean 'rigl'"),
         ({"estimator": "ste"}, "estimator='ste'"),
