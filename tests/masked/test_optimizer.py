@@ -214,6 +214,33 @@ def test_buffers_may_be_donated():
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
+def test_an_average_of_weights_is_masked_where_they_always_were(key):
+    config = plan(schedule="constant", updater="static")
+    states = run(TX["adamw"], config, network(key), 4)[1:]
+    average = optax.ema(0.9)
+    kept = average.init(states[0][0])
+    with jax.numpy_dtype_promotion("standard"):
+        for params, _ in states:
+            mean, kept = average.update(params, kept)
+    assert not any(values.any() for _, values in dead_values(mean, states[-1][1]))
+
+
+def test_a_scan_is_the_loop():
+    params = network(jax.random.key(3))
+    wrapped, step, _ = stepper(TX["adamw"], UPDATERS["set"])
+    scanned, _ = jax.lax.scan(
+        lambda carry, x: (step(*carry, x), None),
+        (params, wrapped.init(params)),
+        jnp.stack([batch(index) for index in range(5)]),
+    )
+    expected = history("adamw", "set")[5]
+    for path, mask in masks_of(expected[1]).items():
+        np.testing.assert_array_equal(masks_of(scanned[1])[path][...], mask[...])
+    # another program, which XLA may fuse and round in another way
+    for x, y in zip(*map(jax.tree.leaves, (scanned, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
 def test_bfloat16_weights_are_exactly_zero_and_stay_bfloat16(key):
     history = run(TX["adamw"], UPDATERS["rigl"], network(key, jnp.bfloat16), 5)
     for params, state in history[1:]:

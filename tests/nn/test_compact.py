@@ -5,11 +5,12 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from sparsejax.attention import AttentionConfig, LatentConfig
-from sparsejax.masked import FanIn
+from sparsejax.masked import FanIn, MaskedConfig, effective, sparse
 from sparsejax.moe import MoEConfig
 from sparsejax.nn import GatedConfig, ModelConfig, Transformer, by_fan_in, compact
 from sparsejax.nn.cost import cost
@@ -99,6 +100,29 @@ def test_a_smaller_model_has_the_same_outputs(config, holes, sizes):
     )
     assert after.total < before.total
     assert after.useful_flops < before.useful_flops
+
+
+@pytest.mark.parametrize(
+    ("structure", "include", "shrinks"),
+    [
+        ({"structure": "column"}, ("ffn/up",), "hidden"),
+        (
+            {"structure": "heads", "structure_arguments": {"axis": "hg"}},
+            ("attention/(value|out)",),
+            "heads",
+        ),
+    ],
+)
+def test_what_a_plan_has_pruned_comes_out(structure, include, shrinks):
+    model = Transformer(CONFIG, 32, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    plan = MaskedConfig(density=0.5, schedule="constant", include=include, **structure)
+    masked = effective(params, sparse(optax.sgd(0.1), plan).init(params), plan)
+    model = nnx.merge(graph, masked, rest)
+    small = compact(model)
+    assert (small.config.heads < 8) == (shrinks == "heads")
+    assert small.config.ffn.hidden == (6 if shrinks == "hidden" else 12)
+    np.testing.assert_allclose(logits(small), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def test_a_full_model_stays_as_it_is():
