@@ -10,6 +10,10 @@ window has; windows move by a stride. A run's own documents are scored, held out
 held them out, unless others are named. Bits per byte divides by the bytes of the text,
 so that tokenizers compare. A task is solved if each token of the answer is the
 likeliest.
+
+Rows are cut over the devices, parameters too with ``--mesh.fsdp`` and the like. With
+``--json`` what is found is written as it is found: the same command started again goes
+on where it stood.
 """
 
 import argparse
@@ -18,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,17 +31,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsejax.config import ConfigError, choose, near, require
+from sparsejax.config import ConfigError, choose, convert, near, require
 from sparsejax.data import DataConfig
-from sparsejax.data.sources import open_documents
+from sparsejax.data.sources import Documents, open_documents
 from sparsejax.data.tasks import TASKS, at_length
+from sparsejax.interop import open_source
+from sparsejax.kept import Kept, listing
 from sparsejax.nn.transformer import Transformer
+from sparsejax.partition import BATCH, constrain
 from sparsejax.sample import load_any
+from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.checkpoint import CheckpointError
-from sparsejax.train.trained import alone, config_of
+from sparsejax.train.trained import config_of
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["Window", "main", "score_tasks", "score_text", "windows"]
+
+EVERY = 8  # batches of text between two writings
+AXES = (
+    "data",
+    "fsdp",
+    "expert",
+    "tensor",
+)  # rows of odd lengths have no context to cut
 
 
 class Window(NamedTuple):
@@ -95,6 +111,9 @@ def scored(
 
     Rows end in padding, of segment 0: no token sees it, and it visits no expert.
     """
+    tokens, weights, segments = (
+        constrain(x, "b t") for x in (tokens, weights, segments)
+    )
     logits = model.logits(model(tokens[:, :-1], segments=segments[:, :-1]).value)
     hit = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     counts = weights[:, 1:]
@@ -129,8 +148,14 @@ def score_text(
     window: int,
     stride: int,
     batch: int,
+    begun: dict[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], Any] = dict,
 ) -> dict[str, int | float]:
     """Measure bits per byte and perplexity of documents.
+
+    Args:
+        begun: what ``keep`` was last given, to go on from there.
+        keep: called every few batches with what has been found.
 
     Raises:
         ValueError: if the window is longer than the model is made for, or there is no
@@ -138,7 +163,8 @@ def score_text(
     """
     _check_length(model, window - 1)
     total = {"documents": 0, "bytes": 0, "tokens": 0}
-    nats, began = 0.0, time.monotonic()
+    found = {"rows": 0, "nats": 0.0, "seconds": 0.0} | (begun or {})
+    began = time.monotonic() - found["seconds"]
 
     def rows() -> Iterator[Row]:
         for text in documents:
@@ -149,8 +175,13 @@ def score_text(
             yield from _rows(ids, window=window, stride=stride)
 
     how = {"length": window, "batch": batch, "pad": tokenizer.pad}
-    for _, loss, _ in _score(model, rows(), **how):
-        nats += loss
+    rest = islice(rows(), found["rows"], None)
+    for number, (_, loss, _) in enumerate(_score(model, rest, **how), 1):
+        found["rows"] += 1
+        found["nats"] += loss
+        if number % (EVERY * batch) == 0:
+            keep(found | {"seconds": time.monotonic() - began})
+    nats = found["nats"]
     if not total["tokens"]:
         raise ValueError("no text to score; name other data")
     return total | {
@@ -234,7 +265,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--documents", type=int, default=100, help="the first so many")
     parser.add_argument("--window", type=int, default=512, help="tokens")
     parser.add_argument("--stride", type=int, default=256, help="tokens")
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, help="rows; a few a device if not given")
+    for name in AXES:
+        default = getattr(MeshConfig, name)
+        parser.add_argument(f"--mesh.{name}", type=int, default=default)
     parser.add_argument("--tasks", nargs="*", default=(), help=", ".join(TASKS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[256])
     parser.add_argument("--questions", type=int, default=20, help="a task and length")
@@ -242,27 +276,60 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _report(flags: argparse.Namespace) -> dict[str, Any]:
-    _check(flags)
-    model, tokenizer = load_any(flags.workdir, flags.checkpoint)
+def _asked(
+    flags: argparse.Namespace, texts: Documents | None, tokenizer: Any
+) -> dict[str, Any]:
+    """Name all that a report depends on."""
+    given = {k: v for k, v in vars(flags).items() if k != "json"}
+    home = flags.workdir and flags.workdir / "checkpoints"
+    home = home or open_source(flags.checkpoint).path
+    given["model"] = listing(home)
+    given["tokenizer"] = tokenizer.fingerprint
+    given["texts"] = texts and texts.fingerprint
+    return json.loads(json.dumps(given, default=str))
+
+
+def _report(flags: argparse.Namespace, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    model, tokenizer = load_any(flags.workdir, flags.checkpoint, mesh=mesh)
     for length in flags.lengths if flags.tasks else ():
         _check_length(model, length)
-    report: dict[str, Any] = {}
-    if flags.documents:
-        held = open_documents(_data(flags)).validation
+    held = open_documents(_data(flags)).validation if flags.documents else None
+    kept = Kept(flags.json, _asked(flags, held, tokenizer))
+    if held is not None and "text" not in kept.report:
         texts = (held[n] for n in range(min(flags.documents, len(held))))
         how = {"window": flags.window, "stride": flags.stride, "batch": flags.batch}
-        report["text"] = score_text(model, tokenizer, texts, **how)
-    if flags.tasks:
-        report["tasks"] = score_tasks(
-            model,
-            tokenizer,
-            flags.tasks,
-            flags.lengths,
-            questions=flags.questions,
-            batch=flags.batch,
-        )
-    return report
+        how["begun"] = kept.report.get("begun")
+        how["keep"] = lambda begun: kept.keep(begun=begun)
+        kept.keep(text=score_text(model, tokenizer, texts, **how), begun=None)
+    tasks = kept.report.get("tasks", [])
+    asked = [(name, length) for name in flags.tasks for length in flags.lengths]
+    how = {"questions": flags.questions, "batch": flags.batch}
+    for name, length in asked[len(tasks) :]:
+        tasks += score_tasks(model, tokenizer, [name], [length], **how)
+        kept.keep(tasks=tasks)
+    kept.report.pop("begun", None)
+    kept.keep(finished=True)
+    return kept.report
+
+
+def _mesh(flags: argparse.Namespace) -> jax.sharding.Mesh:
+    """Arrange the devices, or as many as are asked for; set ``batch`` and the sizes."""
+    sizes = {name: getattr(flags, f"mesh.{name}") for name in AXES}
+    config = convert(MeshConfig, sizes, "--mesh")
+    used = None if -1 in sizes.values() else math.prod(sizes.values())
+    mesh = make_mesh(config, jax.devices()[:used])
+    for name in AXES:
+        setattr(flags, f"mesh.{name}", mesh.shape[name])
+    share = math.prod(mesh.shape[name] for name in BATCH)
+    flags.batch = flags.batch or math.lcm(4, share)
+    require(
+        flags.batch % share == 0,
+        "--batch",
+        flags.batch,
+        f"must be divisible by data x fsdp x expert = {share}; use fewer devices"
+        f" (--mesh.data=1) or take {-(-flags.batch // share) * share}",
+    )
+    return mesh
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -270,7 +337,7 @@ def _check(flags: argparse.Namespace) -> None:
     require(flags.documents >= 0, "--documents", flags.documents, "at least 0")
     for name in ("window", "batch", "questions"):
         value = getattr(flags, name)
-        require(value >= 1, f"--{name}", value, "must be at least 1")
+        require(value is None or value >= 1, f"--{name}", value, "must be at least 1")
     for length in flags.lengths:
         require(length >= 1, "--lengths", length, "must be at least 1")
     for name in flags.tasks:
@@ -303,10 +370,9 @@ def main(argv: list[str] | None = None) -> int:
     """Measure, print a table, and write JSON; 2 if it could not be done."""
     flags = _parser().parse_args(argv)
     try:
-        with jax.set_mesh(alone()):
-            report = _report(flags)
-        if flags.json:
-            flags.json.write_text(json.dumps(report, indent=2) + "\n")
+        _check(flags)
+        with jax.set_mesh(mesh := _mesh(flags)):
+            report = _report(flags, mesh)
     except (CheckpointError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -26,15 +26,27 @@ from sparsejax.typing import PRNGKeyArray
 __all__ = ["continued", "load", "load_any", "main"]
 
 
-def load_any(workdir: Path | None, checkpoint: str | None) -> tuple[Transformer, Any]:
+def load_any(
+    workdir: Path | None,
+    checkpoint: str | None,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Transformer, Any]:
     """Load a run's newest checkpoint, or another program's: model and tokenizer.
+
+    Args:
+        workdir: of a trained run.
+        checkpoint: a folder, a GGUF file, ``package:NAME``.
+        mesh: over which the parameters are cut; the first device alone if None.
 
     Raises:
         ConfigError: unless exactly one is given, and is what it should be.
     """
     if (workdir is None) == (checkpoint is None):
         raise ConfigError("give one of --workdir=RUN and --checkpoint=FOLDER")
-    return load(workdir) if workdir is not None else load_pretrained(checkpoint or "")
+    if workdir is not None:
+        return load(workdir, mesh=mesh)
+    return load_pretrained(checkpoint or "", mesh=mesh)
 
 
 def continued(

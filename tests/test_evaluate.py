@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -96,12 +97,92 @@ def test_the_command_reports_text_and_tasks(folder, tmp_path, capsys):
     (tmp_path / "a.txt").write_text("One text.\n\n" * 3)
     (tmp_path / "b.txt").write_text("Another text, which is not much longer.")
     command = [f"--checkpoint={folder}", f"--data.files={tmp_path}/*.txt"]
-    command += ["--window=12", "--stride=5", "--batch=3"]
+    command += ["--window=12", "--stride=5", "--batch=3", "--mesh.data=1"]
     assert evaluate.main([*command, f"--json={tmp_path}/report.json"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["text"]["documents"] == 1
     assert 0 < report["text"]["bits_per_byte"] < 20
     assert "bits_per_byte" in capsys.readouterr().out
+
+
+@pytest.fixture
+def command(folder, tmp_path):
+    """Score texts of many lengths, and a task that the model is long enough for."""
+    for number in range(40):
+        (tmp_path / f"{number:02}.txt").write_text("a dog " * (number % 5 + 2))
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = 512
+    (folder / "config.json").write_text(json.dumps(config))
+    flags = ["--tasks", "needle", "--lengths", "200", "220", "--questions=2"]
+    return [f"--checkpoint={folder}", f"--data.files={tmp_path}/*.txt", *flags]
+
+
+WINDOWS = ["--window=12", "--stride=5", "--batch=8"]
+
+
+def scores(report):
+    """Give all numbers but times, in order."""
+    text = {k: v for k, v in report["text"].items() if k != "seconds"}
+    tasks = [row[k] for row in report["tasks"] for k in ("accuracy", "answer_nats")]
+    return [*text.values(), *tasks]
+
+
+@pytest.mark.parametrize("cut", [["fsdp=8"], ["data=2", "fsdp=2", "tensor=2"]])
+def test_eight_devices_give_the_scores_of_one(command, tmp_path, cut):
+    found = []
+    for number, sizes in enumerate([["data=1"], ["data=8"], ["data=1", *cut]]):
+        file = tmp_path / f"{number}.json"
+        mesh = [f"--mesh.{size}" for size in sizes]
+        assert evaluate.main([*command, *WINDOWS, *mesh, f"--json={file}"]) == 0
+        found.append(scores(json.loads(file.read_text())))
+    # 1e-5: sums in float32 in other orders
+    np.testing.assert_allclose(found[1:], [found[0]] * 2, rtol=1e-5)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Batches that are scored; one whose number is in ``calls.deadly`` is not."""
+    score, calls = evaluate.scored, SimpleNamespace(count=0, deadly=())
+
+    def counted(*given):
+        calls.count += 1
+        if calls.count in calls.deadly:
+            raise KeyboardInterrupt
+        return score(*given)
+
+    monkeypatch.setattr(evaluate, "scored", counted)
+    monkeypatch.setattr(evaluate, "EVERY", 1)
+    return calls
+
+
+def test_a_killed_evaluation_goes_on_where_it_stood(command, tmp_path, calls):
+    files = [tmp_path / "whole.json", tmp_path / "killed.json"]
+    whole, killed = ([*command, *WINDOWS, f"--json={x}"] for x in files)
+    assert evaluate.main(whole) == 0
+    total, calls.count = calls.count, 0
+    calls.deadly = (3, total + 1)  # in the text, and at the last task
+    for _ in calls.deadly:
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(killed)
+        assert not json.loads(files[1].read_text())["finished"]
+    assert evaluate.main(killed) == 0
+    assert calls.count == total + len(calls.deadly)
+    whole, killed = (json.loads(file.read_text()) for file in files)
+    assert scores(whole) == scores(killed)
+    assert killed["finished"]
+
+
+def test_only_the_same_command_goes_on(command, folder, tmp_path, calls):
+    command = [*command, *WINDOWS, f"--json={tmp_path}/report.json"]
+    (folder / "more.json").write_text("{}")
+    for flags in ([], ["--stride=6"], ["--documents=3"], ["--mesh.data=1"]):
+        for expected in (True, False):
+            calls.count = 0
+            assert evaluate.main([*command, *flags]) == 0
+            assert (calls.count > 0) == expected
+    (folder / "more.json").write_text("{ }")  # another model, for all that is known
+    assert evaluate.main([*command, *flags]) == 0
+    assert calls.count
 
 
 @pytest.mark.parametrize(
@@ -115,6 +196,9 @@ def test_the_command_reports_text_and_tasks(folder, tmp_path, capsys):
         (["--tasks", "needle", "--json=no/a"], "--json='no/a': must be a file in a"),
         (["--lengths", "-5"], "--lengths=-5: must be at least 1"),
         (["--documents=-1"], "--documents=-1: at least 0"),
+        (["--documents=1", "--batch=12"], "--batch=12: must be divisible by data x fs"),
+        (["--documents=1", "--mesh.fsdp=0"], "--mesh.fsdp=0: must be positive, or -1"),
+        (["--documents=1", "--mesh.data=1", "--mesh.tensor=8"], "mesh.tensor=8: must"),
     ],
 )
 def test_what_cannot_be_measured_is_named(folder, capsys, flags, message):
@@ -147,7 +231,8 @@ def test_a_run_is_asked_of_what_it_has_held_out(tmp_path, monkeypatch):
     config = toy.toy(data=data | {"validation_every": 3})
     (tmp_path / "config.json").write_text(json.dumps({"config": to_dict(config)}))
     read = []
-    monkeypatch.setattr(evaluate, "load_any", lambda *_: (None, None))
+    tokenizer = SimpleNamespace(fingerprint="bytes")
+    monkeypatch.setattr(evaluate, "load_any", lambda *_, **__: (None, tokenizer))
     monkeypatch.setattr(evaluate, "score_text", lambda _, __, x, **how: read.extend(x))
     monkeypatch.setattr(evaluate, "_table", str)
     own = open_documents(config.data).validation

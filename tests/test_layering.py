@@ -39,7 +39,7 @@ RANKS = {
     "nn": 2,
     "train": 3,
     "interop": 4,  # writes runs
-    **dict.fromkeys(("papers", "sample"), 5),
+    **dict.fromkeys(("kept", "papers", "sample"), 5),
     **dict.fromkeys(("convert", "evaluate"), 6),  # read runs as sampling does
     "bench": 7,
     "sweep": 8,

@@ -41,8 +41,10 @@ COLUMNS = {
 
 def bits(model: Transformer, tokenizer: Any, texts: list[bytes], length: int) -> float:
     """Score held-out texts, bits per byte."""
-    how = {"window": length, "stride": length // 2, "batch": 8}
-    return score_text(model, tokenizer, texts, **how)["bits_per_byte"]
+    found = score_text(
+        model, tokenizer, texts, window=length, stride=length // 2, batch=8
+    )
+    return found["bits_per_byte"]
 
 
 def held_out(config: Config, count: int) -> list[bytes]:

@@ -26,6 +26,7 @@ from sparsejax.interop.layout import LAYER, Tensor, disk_shape, names_of, ours
 from sparsejax.nn.config import ModelConfig, runs
 from sparsejax.nn.transformer import Transformer
 from sparsejax.partition import parameter_spec
+from sparsejax.sharding.mesh import check_divisible
 from sparsejax.typing import PyTree
 
 __all__ = ["Need", "Source", "abstract", "family_of", "load_model", "needs"]
@@ -128,7 +129,8 @@ def load_model(
 
     Raises:
         ConfigError: if the family is not known, its config asks for what is not
-            supported, or tensors are missing, unexpected or misshapen; all are named.
+            supported, tensors are missing, unexpected or misshapen (all are named), or
+            the mesh cannot cut a parameter.
     """
     family = family_of(source.config, source.path)
     model, vocabulary = describe(
@@ -137,6 +139,8 @@ def load_model(
     if compute is not None:
         model = convert(ModelConfig, to_dict(model) | {"dtype": compute}, "model")
     graph, state = nnx.split(abstract(model, vocabulary))
+    if mesh is not None:
+        check_divisible(state, mesh)
     wanted = list(needs(model, vocabulary, family, state))
     past = _past(source.config, family, model.depth)
     _check(source, wanted, tied=model.tied, past=past)

@@ -11,12 +11,14 @@ import jax
 from sparsejax.config import ConfigError, convert, fingerprint, to_dict
 from sparsejax.data import DataConfig
 from sparsejax.nn.transformer import Transformer
-from sparsejax.sharding import MeshConfig, make_mesh
+from sparsejax.sharding import MeshConfig, make_mesh, shardings
+from sparsejax.sharding.mesh import check_divisible
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import FREE, Config
 from sparsejax.train.loop import Trainer
 from sparsejax.train.step import State
 from sparsejax.train.workdir import open_workdir
+from sparsejax.typing import PyTree
 
 __all__ = ["alone", "config_of", "load", "write_start"]
 
@@ -73,19 +75,37 @@ def write_start(
         checkpoints.close()
 
 
-def load(workdir: Path) -> tuple[Transformer, Any]:
+def load(
+    workdir: Path, *, mesh: jax.sharding.Mesh | None = None
+) -> tuple[Transformer, Any]:
     """Restore the newest whole checkpoint of a run: its model and its tokenizer.
 
+    Args:
+        workdir: of the run.
+        mesh: over which the parameters are cut as in training; the first device alone
+            if there is none.
+
     Raises:
-        ConfigError: if the workdir holds no run or no checkpoint.
+        ConfigError: if the workdir holds no run or no checkpoint, or the mesh cannot
+            cut a parameter.
     """
-    config, mesh = config_of(workdir), alone()
+    config, mesh = config_of(workdir), alone() if mesh is None else mesh
     with jax.set_mesh(mesh):
-        trainer = Trainer(config, mesh)
+        trainer = Trainer(config, alone())  # no batch of the run's is cut here
         trainer.data.train.close()
+        check_divisible(trainer.abstract.params, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
-        found = checkpoints.restore(trainer.abstract)
+        found = checkpoints.restore(_cut(trainer.abstract, mesh))
         checkpoints.close()
         if found is None:
             raise ConfigError(f"--workdir={workdir}: no checkpoint yet; train first")
         return trainer.step.model(found.state), trainer.data.tokenizer
+
+
+def _cut(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:
+    """Say how a state lies on a mesh."""
+    return jax.tree.map(
+        lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut),
+        abstract,
+        shardings(abstract, mesh),
+    )
