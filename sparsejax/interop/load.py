@@ -8,6 +8,7 @@ as Hugging Face's programs write it, or a GGUF file.
 
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ from sparsejax.typing import PyTree
 __all__ = ["Need", "Source", "abstract", "family_of", "load_model", "needs"]
 
 ALIGNMENT = 64  # bytes
-NAMED = 12  # names that an error lists of each kind
+COUNTED = ("experts", "layers")  # what names count, the inner first
 
 
 class Source(NamedTuple):
@@ -196,8 +197,28 @@ def _check(
 
 
 def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(sorted(names)[:NAMED]) + more
+    """List all names; a run of layers or experts as one, ``layers.{0..31}``."""
+    for word in COUNTED:
+        names = _folded(names, re.compile(rf"(.*\b{word}\.)(\d+)(.*)"))
+    return ", ".join(sorted(names))
+
+
+def _folded(names: list[str], numbered: re.Pattern[str]) -> list[str]:
+    found: dict[tuple[str, str], list[int]] = {}
+    rest = []
+    for name in names:
+        if match := numbered.fullmatch(name):
+            found.setdefault((match[1], match[3]), []).append(int(match[2]))
+        else:
+            rest.append(name)
+    for (before, after), numbers in found.items():
+        numbers.sort()
+        cuts = [n for n in range(1, len(numbers)) if numbers[n] > numbers[n - 1] + 1]
+        for first, last in zip([0, *cuts], [*cuts, len(numbers)], strict=True):
+            low, high = numbers[first], numbers[last - 1]
+            run = str(low) if low == high else f"{{{low}..{high}}}"
+            rest.append(f"{before}{run}{after}")
+    return rest
 
 
 def _filled(

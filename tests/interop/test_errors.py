@@ -52,6 +52,30 @@ def test_missing_unexpected_and_misshapen_tensors_are_named_together(written):
     assert f"misshapen: {EMBEDDING} (69, 16) instead of (70, 16)" in said
 
 
+def test_the_same_fault_of_a_run_of_layers_is_named_once(written):
+    query, key = (f"self_attn.{x}_proj.weight" for x in "qk")
+
+    def change(_):
+        named = {
+            f"model.layers.{n}.{name}": np.zeros((16, 16), np.float32)
+            for n in range(40)
+            for name in (query, *(f"mlp.experts.{e}.up" for e in range(3)))
+        }
+        named[f"model.layers.3.{query}"] = np.zeros((3, 3), np.float32)
+        return named
+
+    with pytest.raises(ConfigError) as found:
+        load_model(open_source(written(change, num_hidden_layers=40)))
+    said = str(found.value)
+    assert f"model.layers.{{0..39}}.{key}" in said
+    assert "unexpected: model.layers.{0..39}.mlp.experts.{0..2}.up;" in said
+    for layer, shape in (("{0..2}", 16), ("3", 3), ("{4..39}", 16)):
+        wrong = f"model.layers.{layer}.{query} ({shape}, {shape}) instead of (32, 16)"
+        assert wrong in said
+    assert "more" not in said
+    assert len(said) < 3000
+
+
 def test_rotations_that_old_programs_wrote_are_passed_over(written):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     load_model(open_source(written(lambda x: x | {name: np.zeros(4, np.float32)})))
