@@ -1,11 +1,13 @@
 """A checkpoint as step 0 of a run, to train on, to sample from, to evaluate."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
 from sparsejax.config import ConfigError, convert, read, to_dict
 from sparsejax.data.tokenizer_file import JSON
@@ -14,6 +16,7 @@ from sparsejax.interop.fields import differences
 from sparsejax.interop.load import Source, load_model
 from sparsejax.interop.pretrained import tokenizer_of
 from sparsejax.nn.transformer import Transformer
+from sparsejax.sharding import MeshConfig, make_mesh, shardings
 from sparsejax.train.config import Config
 from sparsejax.train.loop import Trainer
 from sparsejax.train.step import State
@@ -41,16 +44,31 @@ def begin(source: Source, out: Path, *, config: Path | None = None) -> Config:
             cannot be read, or ``out`` is there.
     """
     tokenizer = tokenizer_of(source)
-    with jax.set_mesh(alone()):
-        model = load_model(source)
-    values = read(config) if config else _usual(model, out, tokenizer.vocab_size)
-    experiment = convert(Config, values)
+    given = convert(Config, read(config)) if config else None
+    mesh = alone() if given is None else _mesh(given.mesh)
+    with jax.set_mesh(mesh):
+        model = load_model(source, mesh=mesh)
+    usual = _usual(model, out, tokenizer.vocab_size)
+    experiment = given or convert(Config, usual)
     _check(experiment, model, config, out)
     with appears(out) as draft:
         for name, text in source.files.items():
             (draft / name).write_text(text, encoding="utf-8")
-        _write(experiment, model, draft)
+        _write(experiment, model, draft, mesh)
     return experiment
+
+
+def _mesh(config: MeshConfig) -> Mesh:
+    """Cut parameters as the config does, without its copies for parts of a batch.
+
+    On fewer devices than that takes, all is on the first.
+    """
+    axes = to_dict(config) | {"data": 1}
+    size = math.prod(axes.values())
+    known = jax.devices()
+    if abs(size) > len(known):
+        return alone()
+    return make_mesh(convert(MeshConfig, axes), None if size < 0 else known[:size])
 
 
 def _usual(model: Transformer, out: Path, vocabulary: int) -> dict[str, Any]:
@@ -92,14 +110,14 @@ def _check(
         )
 
 
-def _write(config: Config, model: Transformer, draft: Path) -> None:
-    """Save the model as step 0; its tokenizer is still in the draft."""
-    _, params, variables = nnx.split(model, nnx.Param, ...)
+def _write(config: Config, model: Transformer, draft: Path, mesh: Mesh) -> None:
+    """Save the model, used up by it, as step 0; its tokenizer is still in the draft."""
+    _, *parts = nnx.split(model, nnx.Param, ...)
 
     def start(trainer: Trainer) -> State:
-        cut = {"out_shardings": trainer.shardings}
-        return jax.jit(trainer.step.begin, **cut)(params, variables)
+        cut = {"out_shardings": shardings(trainer.abstract, mesh)}
+        return jax.jit(trainer.step.begin, donate_argnums=(0, 1), **cut)(*parts)
 
     data = dataclasses.replace(config.data, tokenizer_file=str(draft / JSON))
-    write_start(draft, config, start, data=data)
+    write_start(draft, config, start, data=data, mesh=mesh)
     (draft / ".lock").unlink(missing_ok=True)

@@ -54,19 +54,22 @@ def write_start(
     begin: Callable[[Trainer], State],
     *,
     data: DataConfig | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> None:
     """Save a state as step 0 of a new run, its data at the start.
 
     Args:
         out: the run's workdir.
         config: of the run.
-        begin: gives the state, under a mesh of one device.
+        begin: gives the state, under the mesh.
         data: what is read now, if not yet what the run will read.
+        mesh: on which the state is made; of one device if there is none.
     """
-    values, mesh = to_dict(config), alone()
+    values, mesh = to_dict(config), alone() if mesh is None else mesh
     home = open_workdir(out, values, fingerprint(config), free=FREE)
     with home, jax.set_mesh(mesh):
-        trainer = Trainer(dataclasses.replace(config, data=data or config.data), mesh)
+        read = dataclasses.replace(config, data=data or config.data)
+        trainer = Trainer(read, alone())  # no batch of the run's is cut here
         position = trainer.data.train.state()
         trainer.data.train.close()
         state = begin(trainer)

@@ -1,6 +1,7 @@
 """In as a run that trains on, out again, and text from either."""
 
 import json
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -11,12 +12,15 @@ from sparsejax import sample, tree
 from sparsejax.config import ConfigError
 from sparsejax.data import ByteTokenizer
 from sparsejax.data.tokenizer_file import files_of
-from sparsejax.interop import load_model, open_source
+from sparsejax.interop import load_model, open_source, run
 from sparsejax.interop.__main__ import main
 from sparsejax.interop.files import read
 from sparsejax.interop.folder import SINGLE
 from sparsejax.interop.run import begin
-from sparsejax.train.trained import load
+from sparsejax.train.checkpoint import Checkpoints
+from sparsejax.train.loop import Trainer
+from sparsejax.train.trained import alone, load
+from sparsejax.train.trained import config_of as config_of_run
 from tests.interop.checkpoints import config_of, tensors_of, write_folder
 
 CONFIG = config_of("mistral", vocab_size=258)
@@ -41,6 +45,7 @@ def get_config():
             }},
             "ffn": {{"hidden": 24}},
         }},
+        "mesh": {mesh},
         "optim": {{"name": "adamw", "learning_rate": 1e-4}},
         "train": {{"steps": 2}},
     }})
@@ -65,7 +70,8 @@ def experiment(tmp_path):
         (texts / f"{number}.txt").write_text(f"Text {number} says little. " * 9)
 
     def write(**changes):
-        given = {"texts": texts, "out": tmp_path / "run", "epsilon": 1e-4} | changes
+        given = {"texts": texts, "out": tmp_path / "run", "epsilon": 1e-4}
+        given |= {"mesh": {}} | changes
         (tmp_path / "experiment.py").write_text(EXPERIMENT.format(**given))
         return tmp_path / "experiment.py"
 
@@ -97,6 +103,43 @@ def test_a_checkpoint_becomes_a_run_and_a_checkpoint_again(
         (x / "tokenizer.json").read_text() for x in (folder, tmp_path / "back")
     )
     assert before == after
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices"),
+    [
+        ({"fsdp": 8}, 8),
+        ({"data": 1, "tensor": 2, "fsdp": -1}, 8),
+        ({"data": 2, "fsdp": 16}, 1),
+    ],
+)
+def test_an_import_over_the_mesh_of_the_config_is_that_of_one_device(
+    folder, experiment, tmp_path, monkeypatch, mesh, devices
+):
+    out, used = tmp_path / "run", []
+    write = run.write_start
+
+    def watched(*given, mesh, **how):
+        used.append(mesh.size)
+        write(*given, mesh=mesh, **how)
+
+    monkeypatch.setattr(run, "write_start", watched)
+    for sizes in ({}, mesh):
+        begin(open_source(folder), out, config=experiment(mesh=sizes))
+        out.rename(tmp_path / f"{len(used)}")
+    assert used == [1, devices]
+    tokenizer = str(tmp_path / "1" / "tokenizer.json")
+    config, states = config_of_run(tmp_path / "1"), []
+    config = replace(config, data=replace(config.data, tokenizer_file=tokenizer))
+    for number in (1, 2):
+        with jax.set_mesh(alone()):
+            trainer = Trainer(config, alone())
+            trainer.data.train.close()
+            folder = tmp_path / f"{number}" / "checkpoints"
+            saved = Checkpoints(folder, keep=1, read_only=True)
+            states.append(saved.restore(trainer.abstract).state)
+            saved.close()
+    jax.tree.map(np.testing.assert_array_equal, *states)
 
 
 @pytest.mark.parametrize(
