@@ -17,6 +17,7 @@ import jax
 
 from sparsejax.config import ConfigError, require
 from sparsejax.interop import load_pretrained
+from sparsejax.interop.chat import asked
 from sparsejax.nn.generate import stream
 from sparsejax.nn.transformer import Transformer
 from sparsejax.train.checkpoint import CheckpointError
@@ -55,15 +56,17 @@ def continued(
     prompts: list[str],
     *,
     show: Callable[[str], Any] = str,
+    encode: Callable[[str], Any] | None = None,
     **options: Any,
 ) -> list[str]:
     """Return what follows each prompt.
 
     Args:
         show: called with each new piece of the first prompt's text, whole characters.
+        encode: gives the ids of a prompt; the tokenizer's ``prompt`` if None.
         options: those of ``stream``.
     """
-    ids = [tokenizer.prompt(prompt) for prompt in prompts]
+    ids = [(encode or tokenizer.prompt)(prompt) for prompt in prompts]
     drawn: list[list[int]] = [[] for _ in prompts]
     shown = ""
     for tokens in stream(model, ids, ends=tokenizer.ends, **options):
@@ -100,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workdir", type=Path, help="of a trained run")
     parser.add_argument("--checkpoint", help="a folder, a GGUF file, package:NAME")
     parser.add_argument("--prompt", action="append", help="may be given several times")
+    parser.add_argument("--chat", action="store_true", help="as a user's message")
     parser.add_argument("--tokens", type=int, default=200, help="how many to draw")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus, in (0, 1]")
@@ -113,18 +117,22 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
 
     try:
-        prompts = [_written(text) for text in given]
+        prompts = heads = [_written(text) for text in given]
         key = _key(flags.pop("seed"))
         model, tokenizer = load_any(flags.pop("workdir"), flags.pop("checkpoint"))
-        show(prompts[0])
+        if flags.pop("chat"):
+            # The template spells what opens a text.
+            flags["encode"] = lambda text: tokenizer.encode(asked(tokenizer, text))
+            heads = [f"{prompt}\n" for prompt in prompts]
+        show(heads[0])
         with jax.set_mesh(alone()):
             texts = continued(model, tokenizer, prompts, show=show, key=key, **flags)
     except (CheckpointError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     if len(prompts) > 1:
-        both = zip(prompts, texts, strict=True)
-        sys.stdout.write("\n---\n".join(prompt + text for prompt, text in both))
+        both = zip(heads, texts, strict=True)
+        sys.stdout.write("\n---\n".join(head + text for head, text in both))
     sys.stdout.write("\n")
     return 0
 

@@ -185,7 +185,7 @@ def asked(requirements):
 
 
 def test_every_import_is_a_dependency_and_every_dependency_is_imported():
-    optional = {"gguf", "libtpu", "ray", "sklearn", "torch", "transformers"}
+    optional = {"gguf", "jinja2", "libtpu", "ray", "sklearn", "torch", "transformers"}
     needed = {PACKAGE_OF.get(n, n).lower().replace("-", "_") for n in imported()}
     needed |= UNASKED
     assert needed - optional == set(asked(PROJECT["dependencies"]))

@@ -22,6 +22,7 @@ __all__ = ["FileTokenizer", "files_of", "read_about", "read_tokenizer"]
 
 JSON = "tokenizer.json"
 ABOUT = "tokenizer_config.json"
+TEMPLATE = "chat_template.jinja"  # goes before that of tokenizer_config.json
 
 SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
@@ -132,25 +133,27 @@ def read_tokenizer(path: Path, *, vocab_size: int | None = None) -> FileTokenize
     """
     if not path.is_file():
         raise ConfigError(f"{path}: no such tokenizer file")
-    beside = path.with_name(ABOUT)
+    names = (x for x in (ABOUT, TEMPLATE) if path.with_name(x).is_file())
+    beside = {name: path.with_name(name).read_text("utf-8") for name in names}
     text = path.read_text(encoding="utf-8")
     try:
-        about = read_about(beside.read_text("utf-8") if beside.is_file() else "{}")
+        about = read_about(beside)
         return FileTokenizer(text, about, vocab_size=vocab_size)
     except ConfigError as error:
         raise ConfigError(f"{path.parent}: {error}") from None
 
 
-def read_about(text: str) -> dict[str, Any]:
-    """Read ``tokenizer_config.json``.
+def read_about(files: Mapping[str, str]) -> dict[str, Any]:
+    """Read ``tokenizer_config.json``, and the chat template beside it.
 
     Raises:
         ConfigError: if it is no JSON object.
     """
     try:
-        return dict(json.loads(text).items())
+        about = dict(json.loads(files.get(ABOUT, "{}")).items())
     except (ValueError, AttributeError):
         raise ConfigError(f"{ABOUT}: is no JSON object; download it again") from None
+    return about | ({"chat_template": files[TEMPLATE]} if TEMPLATE in files else {})
 
 
 def files_of(tokenizer: Tokenizer) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsejax.data.tokenizer_file import ABOUT, JSON, TEMPLATE
 from sparsejax.interop.fields import check_kinds
 from sparsejax.interop.files import CheckpointFileError, read
 from sparsejax.interop.load import Source
@@ -20,7 +21,7 @@ __all__ = ["INDEX", "SINGLE", "TOKENIZER_FILES", "open_folder", "read_json"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = (JSON, ABOUT, TEMPLATE)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 
 

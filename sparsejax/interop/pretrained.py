@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsejax.config import ConfigError
-from sparsejax.data.tokenizer_file import ABOUT, JSON, FileTokenizer, read_about
+from sparsejax.data.tokenizer_file import JSON, FileTokenizer, read_about
 from sparsejax.interop.files import CheckpointFileError
 from sparsejax.interop.folder import open_folder
 from sparsejax.interop.gguf_file import open_gguf
@@ -38,7 +38,7 @@ def tokenizer_of(source: Source) -> FileTokenizer:
     """
     if JSON not in source.files:
         raise ConfigError(f"{source.path}: has no {JSON}; download it beside the model")
-    about = read_about(source.files.get(ABOUT, "{}"))
+    about = read_about(source.files)
     vocabulary = source.config.get("vocab_size")
     return FileTokenizer(source.files[JSON], about, vocab_size=vocabulary)
 

@@ -14,8 +14,10 @@ from sparsejax.data import ByteTokenizer
 from sparsejax.data.tokenizer_file import files_of
 from sparsejax.interop import load_model, open_source, run
 from sparsejax.interop.__main__ import main
+from sparsejax.interop.chat import asked
 from sparsejax.interop.files import read
 from sparsejax.interop.folder import SINGLE
+from sparsejax.interop.pretrained import tokenizer_of
 from sparsejax.interop.run import begin
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.loop import Trainer
@@ -198,3 +200,47 @@ def test_a_package_that_is_not_there_is_named(capsys, name):
     said = capsys.readouterr().err
     remedy = f"pip install --no-deps {name.replace('_', '-')}"
     assert f"not installed; {remedy}" in said
+
+
+TEMPLATE = """{{ bos_token }}
+{% for message in messages %}
+    {% if message['content'] == 'no' %}{{ raise_exception('refused') }}{% endif %}
+[{{ message['role'] }}] {{ message['content'] }}
+{% endfor %}
+{% if add_generation_prompt %}
+[assistant]
+{% endif %}"""
+
+
+def about(folder):
+    return json.loads((folder / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_a_chat_template_asks_as_a_user_and_goes_in_and_out(
+    folder, experiment, tmp_path, beside
+):
+    pytest.importorskip("jinja2")
+    values = about(folder) | {"chat_template": "old" if beside else TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(values))
+    if beside:
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    out, back = tmp_path / "run", tmp_path / "back"
+    begin(open_source(folder), out, config=experiment())
+    flags = [f"--workdir={out}", "--family=mistral", f"--out={back}"]
+    assert main(["export", *flags]) == 0
+    for path in (folder, back):
+        tokenizer = tokenizer_of(open_source(path))
+        assert asked(tokenizer, "Hi") == "<|bos|>\n[user] Hi\n[assistant]\n"
+    with pytest.raises(ConfigError, match="the chat template fails: refused"):
+        asked(load(out)[1], "no")
+
+
+def test_a_chat_is_drawn_by_command_if_there_is_a_template(folder, capsys):
+    pytest.importorskip("jinja2")
+    command = [f"--checkpoint={folder}", "--tokens=3", "--prompt=Hi", "--chat"]
+    assert sample.main(command) == 2
+    assert "has no chat template (chat_template.jinja, or" in capsys.readouterr().err
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    assert sample.main(command) == 0
+    assert capsys.readouterr().out.startswith("Hi\n")
