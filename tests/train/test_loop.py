@@ -134,6 +134,15 @@ def test_a_finished_run_is_only_summed_up_again(config, straight):
     assert again.keys() == scores.keys()
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal: what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
     number, config, straight, tmp_path, monkeypatch, capfd
@@ -163,6 +172,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_later(
     assert times == sorted(times)  # of all sessions, not of the last
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_interrupt_does_not_wait():
     with loop._heard(signal.SIGINT) as asked:
         assert asked() == 0
