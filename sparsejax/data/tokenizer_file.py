@@ -100,9 +100,14 @@ class FileTokenizer:
 
     def id_of(self, name: str) -> int | None:
         """Give the id of a special, ``eos_token`` say; None if it is not named."""
+        token = self.special(name)
+        return None if token is None else self._tokens.token_to_id(token)
+
+    def special(self, name: str) -> str | None:
+        """Give how a special is spelled; None if it is not named."""
         token = self.about.get(name)
         token = token.get("content") if isinstance(token, Mapping) else token
-        return self._tokens.token_to_id(token) if isinstance(token, str) else None
+        return token if isinstance(token, str) else None
 
     def _opening(self) -> list[int]:
         """Find what the file puts before a text."""

@@ -1,6 +1,5 @@
 """Chat templates: a user's message as the model was trained to read it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from sparsejax.config import ConfigError
@@ -37,8 +36,8 @@ def asked(tokenizer: Any, text: str) -> str:
         extensions=["jinja2.ext.loopcontrols"],
     )
     world.globals["raise_exception"] = _refuse
-    named = {k: _content(v) for k, v in about.items() if k.endswith("_token")}
-    tokens = {k: v for k, v in named.items() if isinstance(v, str)}
+    named = {k: tokenizer.special(k) for k in about if k.endswith("_token")}
+    tokens = {k: v for k, v in named.items() if v is not None}
     messages = [{"role": "user", "content": text}]
     try:
         made = world.from_string(template)
@@ -49,7 +48,3 @@ def asked(tokenizer: Any, text: str) -> str:
 
 def _refuse(message: str) -> None:
     raise ValueError(message)
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, Mapping) else token

@@ -48,8 +48,8 @@ def begin(source: Source, out: Path, *, config: Path | None = None) -> Config:
     mesh = alone() if given is None else _mesh(given.mesh)
     with jax.set_mesh(mesh):
         model = load_model(source, mesh=mesh)
-    usual = _usual(model, out, tokenizer.vocab_size)
-    experiment = given or convert(Config, usual)
+    vocabulary = tokenizer.vocab_size
+    experiment = given or convert(Config, _usual(model, out, vocabulary))
     _check(experiment, model, config, out)
     with appears(out) as draft:
         for name, text in source.files.items():

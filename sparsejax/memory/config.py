@@ -111,9 +111,7 @@ class FastFeedForwardConfig:
     depth: int  # decisions on the way to a leaf; there are 2 ** depth leaves
     leaf_width: int  # neurons of one leaf
     path: Literal["soft", "hard"] = "soft"  # all leaves, weighted; or the one leaf
-    inference: Literal["soft", "hard"] | None = (
-        None  # path outside training; None: path
-    )
+    inference: Literal["soft", "hard"] | None = None  # path of evaluation, if another
     hardening: float = 3.0  # weight of the entropy of decisions, in nats per token
     activation: Literal["gelu", "relu", "silu"] = "relu"
 

@@ -21,11 +21,12 @@ from typing import Any
 import flax
 import jax
 
-from sparsejax.config import ConfigError
+from sparsejax.config import ConfigError, require
 
 __all__ = [
     "DiskError",
     "Workdir",
+    "check_place",
     "disk_guard",
     "format_summary",
     "open_workdir",
@@ -110,11 +111,17 @@ def open_workdir(
     return Workdir(path=path, fingerprint=fingerprint, is_new=is_new, lock=lock)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def check_place(flag: str, path: Path) -> None:
+    """Raise ``FieldError`` unless a file can be there: before long work for it."""
+    room = path.parent.is_dir() and not path.is_dir()
+    require(room, flag, str(path), "must be a file in a folder that is there")
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a file in one piece: readers, and crashes, see all of it or none."""
     part = path.with_name(f".{path.name}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(part, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
