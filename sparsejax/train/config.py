@@ -93,15 +93,28 @@ class Config:
             warmup,
             f"must not exceed train.steps={steps}",
         )
-        if self.masked is not None:
-            for name in ("end", "dense_from"):
-                value = getattr(self.masked, name) or 0
-                require(
-                    value < steps,
-                    f"masked.{name}",
-                    value,
-                    f"must be one of the steps 0 to {steps - 1} of train.steps={steps}",
-                )
+        self._check_masked()
+
+    def _check_masked(self) -> None:
+        """Refuse masks beside what they exclude, or that come after the end."""
+        if self.masked is None:
+            return
+        require(
+            self.optim.lora is None,
+            "optim.lora",
+            self.optim.lora,
+            "adds to every weight of a matrix, and masks keep some at zero; set it, or"
+            " masked, to none",
+        )
+        steps = self.train.steps
+        for name in ("end", "dense_from"):
+            value = getattr(self.masked, name) or 0
+            require(
+                value < steps,
+                f"masked.{name}",
+                value,
+                f"must be one of the steps 0 to {steps - 1} of train.steps={steps}",
+            )
 
 
 # What may differ between two runs in one workdir: it changes no number of a step.

@@ -5,7 +5,8 @@
 schedule. Decay and rates are chosen by regular expressions on tree paths, searched as
 ``re.search`` does. Parameters and moments are float32; a tree of ``nnx.Variable`` and a
 plain dict work alike. The result may be called under strict dtype promotion. Tables
-that have a rule of their own (``OptimConfig.tables``) only share in the norm.
+that have a rule of their own (``OptimConfig.tables``) only share in the norm. With
+``OptimConfig.lora`` the chain moves thin factors of matrices instead.
 """
 
 import inspect
@@ -25,6 +26,8 @@ from sparsejax import tree
 from sparsejax.config import ConfigError, choose, near, require
 from sparsejax.memory import lazy
 from sparsejax.train.clip import clip_all
+from sparsejax.train.lora import LoraConfig, low_rank
+from sparsejax.train.matrices import Split, last_two, matrix_axes
 from sparsejax.typing import Array, Float, PyTree
 
 __all__ = ["OPTIMIZERS", "OptimConfig", "make_optimizer", "make_schedule"]
@@ -83,6 +86,7 @@ class OptimConfig:
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # regexes of paths
     # Regex: factor of the rate. Where several match, the longest counts.
     rates: dict[str, float] = field(default_factory=dict)
+    lora: LoraConfig | None = None  # move thin factors of matrices, and nothing else
     accumulate: int = 1  # micro-batches in a step
     # how tables that are read by rows follow theirs: as all else does, or by rows
     tables: str | None = None  # none, or a key of sparsejax.memory.lazy.RULES
@@ -116,6 +120,17 @@ class OptimConfig:
             _check_pattern("rates", pattern)
             require(rate >= 0, f"rates[{pattern!r}]", rate, "must not be negative")
         _check_tables(self)
+        require(
+            self.lora is None or self.table_rows is None,
+            "table_rows",
+            self.table_rows,
+            "freezes all but tables, so lora would move nothing; leave one of them out",
+        )
+
+    @property
+    def frozen(self) -> bool:
+        """Whether all but a chosen few parameters, and all that is none, must rest."""
+        return self.table_rows is not None or self.lora is not None
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
@@ -159,7 +174,7 @@ def make_optimizer(
         steps: of the whole run; the schedule ends there.
         params: the parameters, or a tree of ``jax.ShapeDtypeStruct`` like them. Muon
             reads their ``axes`` metadata and takes the hidden matrices; see
-            ``_matrix_axes``.
+            ``sparsejax.train.matrices``.
         rest: those of them that it moves, if tables have a rule of their own.
 
     Raises:
@@ -177,20 +192,33 @@ def make_optimizer(
         if not any(re.search(pattern, path) for path in leaves):
             some = near(pattern, leaves)
             raise ConfigError(f"config.optim.rates[{pattern!r}]: matches no path{some}")
+    moved = params if rest is None else rest
+    if config.lora is None:
+        chain = _chain(config, steps, _dimension_numbers(moved, matrix_axes))
+    else:
+        chain = low_rank(
+            lambda thin: _chain(config, steps, _dimension_numbers(thin, last_two)),
+            config.lora,
+            moved,
+        )
+    return _under_standard_promotion(chain)
+
+
+def _chain(
+    config: OptimConfig, steps: int, matrices: PyTree
+) -> optax.GradientTransformationExtraArgs:
+    """Clip, precondition, decay, scale."""
     arguments = {**_DEFAULTS[config.name], **config.arguments}
     constructor = OPTIMIZERS[config.name]
     if "muon_weight_dimension_numbers" in inspect.signature(constructor).parameters:
-        arguments["muon_weight_dimension_numbers"] = _dimension_numbers(
-            params if rest is None else rest
-        )
-    parts = [
+        arguments["muon_weight_dimension_numbers"] = matrices
+    return optax.chain(
         _clipping(config),
         constructor(**arguments),
         _decay(config),
         _scale_by_path(config.rates),
         optax.scale_by_learning_rate(make_schedule(config, steps), flip_sign=False),
-    ]
-    return _under_standard_promotion(optax.chain(*parts))
+    )
 
 
 def _cosine(config: OptimConfig, steps: int, now: Array) -> Array:
@@ -316,40 +344,13 @@ def _scale_by_path(rates: Mapping[str, float]) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: tree.map_with_path(scaled, updates))
 
 
-# Axes whose matrices map one hidden vector to another. Rows of tables and classes
-# (vocabulary, memory slots, a router's experts) are looked up one by one instead.
-_HIDDEN = frozenset("dfhgcz")
-
-
-def _matrix_axes(axes: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Which axes of a parameter are a matrix's inputs and outputs; None: no matrix.
-
-    Leading ``l`` and ``e`` stack matrices. The rest must be two hidden axes, ``d`` or
-    ``f`` among them (``h c`` is a bias), or the model width, or a latent one, before or
-    after the two axes of all heads: ``d h c``, ``z h c``, ``h c d``.
-    """
-    letters = axes.split()
-    first = next((i for i, x in enumerate(letters) if x not in "le"), len(letters))
-    rest = letters[first:]
-    index = tuple(range(first, len(letters)))
-    if not _HIDDEN.issuperset(rest):
-        return None
-    if len(rest) == 2 and not {"d", "f"}.isdisjoint(rest):
-        return index[:1], index[1:]
-    if len(rest) == 3 and rest[0] in "dz":
-        return index[:1], index[1:]
-    if len(rest) == 3 and rest[-1] == "d":
-        return index[:2], index[2:]
-    return None
-
-
-def _dimension_numbers(params: PyTree) -> PyTree:
+def _dimension_numbers(params: PyTree, matrix: Callable[[str], Split | None]) -> PyTree:
     """Muon's view of every parameter; a plain array is a matrix if its rank is two."""
     axes = tree.axes_of(params)
 
     def one(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         plain = "d f" if leaf.ndim == 2 and "embedding" not in path else ""
-        split = _matrix_axes(axes.get(path, plain))
+        split = matrix(axes.get(path, plain))
         return split and optax.contrib.MuonDimensionNumbers(*split)
 
     return tree.map_with_path(one, params)

@@ -230,8 +230,8 @@ class Step:
         scalars |= {f"loss/{name}": value for name, value in aside[0].items()}
         scalars |= {"gradient_norm": norms[0], "update_norm": norms[1]}
         variables, said = refreshed(self.config.model, state.variables, aside[1])
-        if self.config.optim.table_rows is not None:
-            variables = state.variables  # nothing but those rows may move
+        if self.config.optim.frozen:
+            variables = state.variables
         step = state.step + 1
         values = jnp.stack([scalars[name] for name in statistics(scalars)])
         fault = _first_fault(state.fault, step, values)
