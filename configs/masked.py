@@ -143,7 +143,7 @@ METHODS = {
         **TWO_OF_FOUR,
         **FOLLOWING,
     },
-    # masks are learned, weights are not: begin with trained ones
+    # masks are learned, weights are not
     "mask_llm": {
         "density": 0.5,
         "schedule": "constant",
@@ -184,6 +184,8 @@ METHODS = {
         **FFN,
     },
 }
+# Made for weights that are trained already: docs/masked.md says how to begin with some.
+TRAINED = ("mask_llm", "movement")
 SIZES = {
     "blast": {"width": 128, "hidden": 1536},
     "pixelated_butterfly": {"width": 256, "hidden": 1024},

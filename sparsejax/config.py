@@ -98,11 +98,19 @@ def override(kind: type, values: dict[str, Any], path: str, text: str) -> None:
 def read(path: str | Path) -> dict[str, Any]:
     """Run ``get_config()`` of a config file; nested plain dicts.
 
-    ``path:name`` runs ``get_config(name)``, of a file that has several.
+    ``path:name`` runs ``get_config(name)``, of a file that has several. The
+    ``config.json`` of a run is read as it is.
 
     Raises:
         ConfigError: if there is no such file, it fails, or it returns something else.
     """
+    if (file := Path(path)).suffix == ".json" and file.is_file():
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))["config"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"--config={path}: not the config.json of a run"
+            ) from None
 
     def values(module: Any, *given: str) -> dict[str, Any] | None:
         config = module.get_config(*given)

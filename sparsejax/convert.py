@@ -13,7 +13,10 @@ with it is training with the same config but for ``model.ffn``, in the new workd
 ``finetune`` begins a run of another config, on other text say, with the weights of a
 trained one. With ``optim.table_rows`` it counts which rows of its memories the old text
 reads, and freezes all else unless ``optim.rates`` are given: what a step then moves are
-the rows that are specific to its batch.
+the rows that are specific to its batch. With ``--config.masked.…`` the first masks are
+chosen among the trained weights, by the plan's criterion unless its
+``initial_criterion`` is given. ``python train.py --config=NEW/config.json
+--workdir=NEW`` goes on.
 ``table`` writes the expert of each id for ``--config.model.ffn.router=hash_table``.
 """
 
@@ -114,21 +117,14 @@ def finetune(
         overrides: of the run's config, as ``--config.path=value``.
 
     Raises:
-        ConfigError: if an override is none, changes the model, or asks for masks; if
-            there is a run in ``out``.
+        ConfigError: if an override is none or changes the model, or masks do not fit
+            it; if there is a run in ``out``.
+        ValueError: if nothing is known yet of what first masks are to be chosen by.
     """
     before = config_of(workdir)
-    values = to_dict(before)
-    for flag in overrides:
-        path, equals, text = flag.removeprefix("--config.").partition("=")
-        if not equals or not flag.startswith("--config."):
-            raise ConfigError(f"{flag}: not of the form --config.PATH=VALUE")
-        override(Config, values, path, text)
-    config = convert(Config, values)
+    config = _overridden(before, overrides)
     if config.model != before.model:
         raise ConfigError("--config.model: must stay what it is; its weights are kept")
-    if config.masked is not None:
-        raise ConfigError("--config.masked: weights stay as they are; set it to none")
     model, _ = load(workdir)
     if config.optim.table_rows is not None and not config.optim.rates:
         config = dataclasses.replace(config, optim=_frozen(config, model))
@@ -141,6 +137,22 @@ def finetune(
 
     write_start(out, config, begin)
     return config
+
+
+def _overridden(before: Config, overrides: Sequence[str]) -> Config:
+    """Change a config; masks of trained weights are not random unless it is said."""
+    values, given = to_dict(before), set()
+    for flag in overrides:
+        path, equals, text = flag.removeprefix("--config.").partition("=")
+        if not equals or not flag.startswith("--config."):
+            raise ConfigError(f"{flag}: not of the form --config.PATH=VALUE")
+        override(Config, values, path, text)
+        given.add(path)
+    config = convert(Config, values)
+    if (plan := config.masked) is None or "masked.initial_criterion" in given:
+        return config
+    plan = dataclasses.replace(plan, initial_criterion=plan.criterion)
+    return dataclasses.replace(config, masked=plan)
 
 
 def _frozen(config: Config, model: Transformer) -> OptimConfig:

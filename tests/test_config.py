@@ -336,6 +336,15 @@ def test_read_refuses_what_is_not_python(tmp_path):
     assert complaint(config.read, path) == f"--config={path}: not a Python file"
 
 
+def test_read_takes_the_config_of_a_run(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"fingerprint": "0", "config": {"seed": 3}}')
+    assert config.read(path) == {"seed": 3}
+    path.write_text('{"model_type": "llama"}')
+    said = f"--config={path}: not the config.json of a run"
+    assert complaint(config.read, path) == said
+
+
 def test_require_raises_with_field_value_and_rule():
     config.require(True, "rate", 1, "unused")
     with pytest.raises(FieldError, match="rate=-1: must be positive; raise it"):

@@ -12,7 +12,7 @@ from sparsejax.bench.table import ROOT, provenance, read_rows, write_rows
 from sparsejax.config import convert, fingerprint, override, read
 from sparsejax.train.config import Config
 
-__all__ = ["completed", "fingerprint_of", "trained"]
+__all__ = ["completed", "continued", "fingerprint_of", "trained"]
 
 
 @contextlib.contextmanager
@@ -20,10 +20,24 @@ def trained(name: str, seed: int, overrides: Sequence[str]) -> Iterator[Path]:
     """Train a config with a seed; give the run's workdir, which is removed after."""
     with tempfile.TemporaryDirectory() as folder:
         workdir = Path(folder) / "run"
-        command = [sys.executable, "train.py", f"--config={_path(name)}"]
-        command += [f"--workdir={workdir}", f"--config.seed={seed}", *overrides]
-        subprocess.run(command, cwd=ROOT, check=True)
+        flags = [f"--workdir={workdir}", f"--config.seed={seed}", *overrides]
+        _python("train.py", f"--config={_path(name)}", *flags)
         yield workdir
+
+
+@contextlib.contextmanager
+def continued(before: Path, overrides: Sequence[str]) -> Iterator[Path]:
+    """Train on with a run's weights, its config changed; give the new workdir."""
+    with tempfile.TemporaryDirectory() as folder:
+        workdir = Path(folder) / "run"
+        flags = [f"--workdir={before}", f"--out={workdir}", *overrides]
+        _python("-m", "sparsejax.convert", "finetune", *flags)
+        _python("train.py", f"--config={workdir}/config.json", f"--workdir={workdir}")
+        yield workdir
+
+
+def _python(*arguments: str) -> None:
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, check=True)
 
 
 def _path(name: str) -> str:
