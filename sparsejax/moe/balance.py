@@ -82,20 +82,23 @@ def metrics(
 ) -> dict[str, Array]:
     """Measure how evenly and how surely tokens are routed.
 
-    ``load`` counts visits, for ``updated_bias`` and for sums over batches; the others
-    are ratios: standard deviation, maximal excess and minimum over the mean load, the
-    two entropies over their maximum, the share of experts without a visit, the mean
-    probability of the likeliest expert, the shares of visits and of tokens dropped.
+    ``load`` counts visits, for ``updated_bias`` and for sums over batches; ``visits``
+    are those of a mean token, which some routers leave open. The others are ratios:
+    standard deviation, maximal excess and minimum over the mean load, the two entropies
+    over their maximum, the share of experts without a visit, the mean probability of
+    the likeliest expert, the shares of visits and of tokens dropped.
 
     Args:
         routing: what the router chose.
         kept: what is left of it after a capacity limit, if there is one.
         valid: tokens that count.
     """
+    used = routing.weights != 0
     load = expert_load(routing, valid=valid)
     mean = jnp.maximum(load.mean(), 1e-9)
     values = {
         "load": load,
+        "visits": valid_mean(used.sum(axis=1, dtype=jnp.float32), valid),
         "load_deviation": load.std() / mean,
         "load_violation": load.max() / mean - 1,
         "load_minimum": load.min() / mean,

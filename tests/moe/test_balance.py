@@ -110,6 +110,15 @@ def test_metrics_of_a_crowded_load():
     assert values["load_entropy"] == values["load_minimum"] == 0
 
 
+def test_visits_are_those_of_a_mean_token_that_counts():
+    routing = round_robin(2)
+    weights = routing.weights.at[:6, 1].set(0)
+    valid = jnp.arange(TOKENS) < 12
+    values = metrics(routing._replace(weights=weights), valid=valid)
+    np.testing.assert_allclose(values["visits"], 1.5)
+    assert values["load"].sum() == 1.5 * 12
+
+
 def test_metrics_count_what_a_limit_drops():
     routing = round_robin(1)._replace(experts=jnp.zeros((TOKENS, 1), jnp.int32))
     values = metrics(routing, limited(routing, 8))
