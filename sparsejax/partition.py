@@ -27,6 +27,7 @@ __all__ = [
     "parameter_spec",
     "per_shard",
     "platform",
+    "replicated",
     "spec",
 ]
 
@@ -184,3 +185,10 @@ def alike(start: Any, *trees: Any) -> Any:
         return jax.lax.pcast(x, tuple(names - varying(x)), to="varying")
 
     return jax.tree.map(mark, start)
+
+
+def replicated(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function whose results are whole on every device of the mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    options: dict[str, Any] = {} if mesh.empty else {"out_shardings": PartitionSpec()}
+    return jax.jit(function, **options)

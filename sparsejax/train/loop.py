@@ -27,6 +27,7 @@ from sparsejax.train.distributed import Process, gather_json, global_batch
 from sparsejax.train.mask_plots import drawn
 from sparsejax.train.metrics import MetricsLog, Profiler, Progress
 from sparsejax.train.report import costs, finish, sample_text
+from sparsejax.train.routes import Routes, Visits
 from sparsejax.train.step import State, Step, compiled, statistics
 from sparsejax.train.workdir import disk_guard, open_workdir
 
@@ -111,17 +112,22 @@ class Trainer:
         """Take one step on this process's rows; ``state`` is used up."""
         return self._train(state, global_batch(batch, self.rows))
 
-    def evaluate(self, state: State) -> dict[str, float]:
-        """Give loss (nats a token) and bits per byte of the held-out documents."""
-        total = np.zeros(4)
+    def evaluate(self, state: State) -> tuple[dict[str, float], Visits | None]:
+        """Give loss (nats a token) and bits per byte of the held-out documents.
+
+        Also say which experts tokens of the first batch went to, if there are any.
+        """
+        total, first = np.zeros(4), None
         for batch in self.data.evaluation(self.config.train.eval_batches):
-            sums = self._evaluate(state, global_batch(batch, self.rows))
+            sums, visits = self._evaluate(state, global_batch(batch, self.rows))
             total += np.array([float(x) for x in sums])
+            first = jax.tree.map(np.asarray, visits) if first is None else first
         nll, _, tokens, size = total
-        return {
+        scores = {
             "eval/loss": nll / tokens,
             "eval/bits_per_byte": nll / (np.log(2) * size),
         }
+        return scores, first
 
 
 def check_finite(state: State, metrics: dict[str, Any]) -> None:
@@ -185,6 +191,7 @@ class _Loop:
         )
         self.profiler = profiler or Profiler(None, workdir)
         self.last_scores: dict[str, float] = {}
+        self.visits: Visits | None = None  # of the same evaluation
         self.scored = -1  # the step that they are of
         self.began = time.monotonic()
 
@@ -200,6 +207,13 @@ class _Loop:
             self.progress.report(f"resumed from the checkpoint of step {step}")
         self.log = MetricsLog(
             self.workdir, resume_step=step, active=self.process.index == 0
+        )
+        ffn = self.config.model.ffn
+        self.routes = Routes(
+            self.workdir / "routes",
+            experts=getattr(ffn, "experts", 0),
+            step=step,
+            active=self.process.index == 0,
         )
         self.began -= self.log.before.get("seconds", 0.0)  # of sessions before
         return state
@@ -236,7 +250,7 @@ class _Loop:
         """Sum the run up; once it has come to its end, write everything down."""
         seconds = time.monotonic() - self.began
         if finished and not self.last_scores:  # all its steps were taken before
-            self.last_scores = self.trainer.evaluate(state)
+            self.last_scores, self.visits = self.trainer.evaluate(state)
         results = self.last_scores | {"finished": finished, "seconds": seconds}
         if not finished:
             return results
@@ -253,8 +267,12 @@ class _Loop:
         masks = None
         if self.config.masked is not None:
             masks = drawn(masks_of(state.opt))
+        experts = None
+        if self.visits is not None:
+            tokenizer = trainer.data.tokenizer
+            experts = self.routes.summed(self.visits, self.config.data, tokenizer)
         if self.process.index == 0:
-            return finish(self.config, self.workdir, results, masks)
+            return finish(self.config, self.workdir, results, masks, experts)
         return results
 
     def close(self) -> None:
@@ -280,8 +298,12 @@ class _Loop:
         values = {name: np.asarray(x).tolist() for name, x in metrics.items()}
         values["tokens"] = step * data.batch_size * data.seq_len
         if scored:
-            self.last_scores, self.scored = self.trainer.evaluate(state), step
+            self.last_scores, self.visits = self.trainer.evaluate(state)
+            self.scored = step
             values |= self.last_scores
+            if self.visits is not None:
+                chosen = np.asarray(self.visits.chosen)
+                values |= self.routes.add(step, chosen)
         values["seconds"] = time.monotonic() - self.began
         self.log.write(step, values)
         self.progress.show(values)

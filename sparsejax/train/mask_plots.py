@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsejax.masked.plan import depth
+from sparsejax.partition import replicated
 from sparsejax.train.plots import (
     Table,
     column,
@@ -123,7 +124,4 @@ def _averages(count: int) -> Float[Array, "cells count"]:
 
 def drawn(masks: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Compute the pictures where the masks are; the same on every process."""
-    whole = jax.sharding.PartitionSpec()
-    mesh = jax.sharding.get_abstract_mesh()
-    options: dict[str, Any] = {} if mesh.empty else {"out_shardings": whole}
-    return jax.tree.map(np.asarray, jax.jit(pictures, **options)(dict(masks)))
+    return jax.tree.map(np.asarray, replicated(pictures)(dict(masks)))

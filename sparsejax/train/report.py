@@ -13,7 +13,7 @@ from sparsejax.nn import Transformer
 from sparsejax.nn.cost import attention_masks, cost, peak_bytes
 from sparsejax.nn.generate import generate
 from sparsejax.partition import BATCH
-from sparsejax.train import mask_plots
+from sparsejax.train import expert_plots, mask_plots
 from sparsejax.train.config import Config
 from sparsejax.train.plots import write_plots
 from sparsejax.train.step import State
@@ -78,6 +78,7 @@ def finish(
     workdir: Path,
     summary: dict[str, Any],
     masks: dict[str, np.ndarray] | None = None,
+    experts: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Draw the plots, write ``summary.json``, and return it with the plots' paths.
 
@@ -86,10 +87,12 @@ def finish(
         workdir: of the run.
         summary: what is known already.
         masks: their pictures, as ``mask_plots.drawn`` makes them.
+        experts: what they are for, as ``Routes.summed`` gives it.
     """
     more = {
         "masks": lambda _: mask_plots.masks_figure(masks or {}),
         "mask_changes": mask_plots.changes_figure,
+        **expert_plots.figures(experts or {}),
     }
     paths = write_plots(workdir, picture(config), more=more)
     summary = summary | {"plots": [str(path) for path in paths]}

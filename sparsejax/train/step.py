@@ -24,6 +24,7 @@ from sparsejax.nn import Transformer, refreshed
 from sparsejax.partition import BATCH, constrain
 from sparsejax.train.config import Config
 from sparsejax.train.optim import make_optimizer, make_schedule
+from sparsejax.train.routes import Visits, no_visits, unvisited, visits_of
 from sparsejax.train.tables import BothStates, Tables, split, square_of
 from sparsejax.tree import leaves
 from sparsejax.typing import Array, Float, Int, PyTree
@@ -42,7 +43,7 @@ class State(NamedTuple):
     variables: PyTree  # every other nnx.Variable: router biases, centroids
     opt: PyTree  # the optimiser's moments, the masks, and what rows keep
     fault: Int[Array, "2"]  # step and statistic that first were not finite, or -1
-    flips: dict[str, Array]  # of masks, summed over the steps since a line was logged
+    since: dict[str, Array]  # flips and visits, summed since a line was logged
 
 
 class Losses(NamedTuple):
@@ -101,7 +102,7 @@ class Step:
     """The functions of a run, closed over what stays fixed.
 
     ``init(key) -> State``, ``train(state, batch) -> (State, metrics)`` and
-    ``evaluate(state, batch) -> Losses`` are pure and not yet compiled.
+    ``evaluate(state, batch) -> (Losses, Visits)`` are pure and not yet compiled.
     """
 
     def __init__(self, config: Config, vocabulary: int, token_bytes: Any) -> None:
@@ -139,12 +140,12 @@ class Step:
                 self.tables.refuse_masks(plan, targets(params, plan))
             rest = self.optimizer.init(split(params)[1])
             opt = BothStates(rest, self.tables.init(params))
-        fault, flips = jnp.full(2, -1, jnp.int32), {}
+        fault, since = jnp.full(2, -1, jnp.int32), no_visits(self.config.model)
         if self.config.masked is not None:
             masks = masked.masks_of(opt)
             found = masked.metrics(masks, masks)
-            flips = {k: jnp.zeros_like(x) for k, x in found.items() if FLIPS in k}
-        return State(jnp.zeros((), jnp.int32), params, variables, opt, fault, flips)
+            since |= {k: jnp.zeros_like(x) for k, x in found.items() if FLIPS in k}
+        return State(jnp.zeros((), jnp.int32), params, variables, opt, fault, since)
 
     def model(self, state: State) -> Transformer:
         """Build the model that the state describes, masks and decay applied."""
@@ -205,10 +206,11 @@ class Step:
         )
         return losses, hidden
 
-    def evaluate(self, state: State, batch: Batch) -> Losses:
-        """Sum the losses of a batch, without changing anything."""
+    def evaluate(self, state: State, batch: Batch) -> tuple[Losses, Visits | None]:
+        """Sum the losses of a batch, without changing anything; say who went where."""
         model = self._armed(self._trained(state), None, state)
-        return self._losses(model, batch)[0]
+        losses, hidden = self._losses(model, batch)
+        return losses, visits_of(hidden.metrics, batch)
 
     def reads(self, state: State, batch: Batch) -> dict[str, Float[Array, "l m"]]:
         """Count how often a batch reads each row of each table, by its path.
@@ -237,29 +239,30 @@ class Step:
         fault = _first_fault(state.fault, step, values)
         metrics = scalars | said | {"learning_rate": self.schedule(self._clock(state))}
         metrics |= {"batch_tokens": losses.tokens}
-        flips, changes = self._changes(state, opt)
-        return State(step, params, variables, opt, fault, flips), metrics | changes
+        since, changes = self._since(state, opt, said)
+        return State(step, params, variables, opt, fault, since), metrics | changes
 
-    def _changes(self, state: State, opt: Any) -> tuple[dict[str, Array], Any]:
-        """Give what of masks has flipped since the last line, and their metrics.
+    def _since(self, state: State, opt: Any, said: Any) -> tuple[dict[str, Array], Any]:
+        """Give what has added up since the last line, and metrics with it.
 
         Masks move at some steps and lines are logged at others, so a line has the mean
-        of the steps since the one before.
+        flips of the steps since the one before, and the experts that none visited.
         """
-        if self.config.masked is None:
-            return {}, {}
-        masks, before = masked.masks_of(opt), masked.masks_of(state.opt)
-        found = masked.metrics(masks, before, **masked.tracked_of(opt))
+        found = {}
+        if self.config.masked is not None:
+            masks, before = masked.masks_of(opt), masked.masks_of(state.opt)
+            found = masked.metrics(masks, before, **masked.tracked_of(opt))
         every = self.config.train
-        since = jnp.minimum(state.step % every.log_every, state.step % every.eval_every)
-        flips = {
-            name: found[name] + jnp.where(since == 0, 0.0, known)
-            for name, known in state.flips.items()
+        past = jnp.minimum(state.step % every.log_every, state.step % every.eval_every)
+        since = {
+            name: (said | found)[name] + jnp.where(past == 0, 0.0, known)
+            for name, known in state.since.items()
         }
-        steps = (since + 1).astype(jnp.float32)
-        found |= {name: total / steps for name, total in flips.items()}
-        found["masked/sad"] = found[FLIPS] / found["masked/density"]
-        return flips, found
+        steps = (past + 1).astype(jnp.float32)
+        found |= {name: x / steps for name, x in since.items() if FLIPS in name}
+        if self.config.masked is not None:
+            found["masked/sad"] = found[FLIPS] / found["masked/density"]
+        return since, found | unvisited(since)
 
     def _moved(self, state: State, grads: PyTree, told: Any) -> tuple[PyTree, Any, Any]:
         """Apply the gradients; also give the norms of all of them and of the updates.

@@ -82,6 +82,8 @@ def test_a_run_leaves_what_it_promises(config, straight):
         rows[0]
     )
     assert "eval/bits_per_byte" in rows[1]
+    assert "moe/churn" not in rows[1]
+    assert {"moe/churn", "moe/saturation", "moe/unvisited"} <= set(rows[3])
     assert rows[-1]["masked/density"] == pytest.approx(0.5, abs=0.01)
     assert json.loads((straight / "config.json").read_text())["config"]["seed"] == 0
     summary = json.loads((straight / "summary.json").read_text())
@@ -89,7 +91,8 @@ def test_a_run_leaves_what_it_promises(config, straight):
     assert summary["parameters_active"] < summary["parameters_total"]
     assert summary["sample"].startswith("The ")
     plots = {path.name for path in (straight / "plots").glob("*.png")}
-    assert len(plots) >= 4
+    assert plots >= {"loss.png", "expert_load.png", "attention.png", "masks.png"}
+    assert plots >= {"expert_changes.png", "co_activation.png", "token_experts.png"}
     assert list((straight / "tensorboard").iterdir())
 
 
@@ -189,7 +192,9 @@ def test_a_checkpoint_is_ranked_by_an_evaluation_of_its_own(
     scores = {3: 1.0, 6: 2.0, 8: 3.0}
     ranked = {}
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda _, state: {"eval/loss": scores[int(state.step)]}
+        Trainer,
+        "evaluate",
+        lambda _, state: ({"eval/loss": scores[int(state.step)]}, None),
     )
     monkeypatch.setattr(
         Checkpoints,

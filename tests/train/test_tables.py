@@ -44,7 +44,7 @@ def trained(config, steps, devices=None):
             found.append([float(metrics[x]) for x in ("loss", "gradient_norm")])
         _, params = jax.tree.flatten(state.params)
         weights = leaves(jax.tree.map(np.asarray, settled(step, state)))
-        nll = float(evaluate(state, toy.batch()).nll) if devices else None
+        nll = float(evaluate(state, toy.batch())[0].nll) if devices else None
         return found, weights, nll, params
 
 
