@@ -2,8 +2,9 @@
 
     python train.py --config=configs/peer.py
 
-A few minutes on two CPU cores. A token runs 64 experts; they are trained by rows: a
-step moves those that its tokens have run, and no others.
+A few minutes on two CPU cores; results/comparison.csv has the figures to expect. A
+token runs 64 experts; they are trained by rows: a step moves those that its tokens have
+run, and no others.
 """
 
 from ml_collections import ConfigDict

@@ -22,7 +22,10 @@ from sparsejax.bench.table import markdown, result
 from sparsejax.train.metrics import read_metrics
 from sparsejax.train.plots import style
 
-CONFIGS = ("dense", "block_attention", "moe", "memory", "masked", "quickstart")
+CONFIGS = (
+    *("dense", "block_attention", "moe", "memory", "memory_plus", "peer", "fff"),
+    *("masked", "quickstart"),
+)
 KEPT = {
     "eval/bits_per_byte": "bits_per_byte",
     "eval/loss": "eval_loss",
