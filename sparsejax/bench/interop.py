@@ -5,8 +5,8 @@
 Small models of every family are drawn by transformers (PyTorch, CPU, float32), written
 to disk, read here, and written again. Differences are the largest of any number, over
 the largest of the reference: logits of a prefill, of a padded batch, of tokens decoded
-one by one; weights of the chosen experts; gradients of the loss; logits of what comes
-back out. ``same`` says whether all experts chosen are the same.
+one by one; routers' logits; weights of the chosen experts; gradients of the loss;
+logits of what comes back out. ``same`` says whether all experts chosen are the same.
 """
 
 import sys
@@ -103,6 +103,7 @@ COLUMNS = {
     "prefill": "prefill",
     "padded": "padded batch",
     "decode": "decode",
+    "scores": "router logits",
     "router": "expert weights",
     "same": "same experts",
     "gradient": "gradients",
@@ -195,12 +196,11 @@ def decode(pair: Pair) -> dict[str, float]:
 
 
 def router(pair: Pair) -> dict[str, Any]:
-    """Compare which experts each token visits in each layer, and with what weight."""
-    seen: list[tuple[np.ndarray, np.ndarray]] = []
+    """Compare how each layer scores the experts, which it takes, and their weights."""
+    seen: list[tuple[np.ndarray, ...]] = []
 
     def keep(_module: Any, _given: Any, answer: Any) -> None:
-        _, weights, experts = answer
-        seen.append((weights.numpy(), experts.numpy()))
+        seen.append(tuple(x.numpy() for x in answer))
 
     routers = [
         module
@@ -208,21 +208,26 @@ def router(pair: Pair) -> dict[str, Any]:
         if type(module).__name__.endswith("Router")
     ]
     if not routers:
-        return {"router": "", "same": ""}
+        return {"scores": "", "router": "", "same": ""}
     hooks = [module.register_forward_hook(keep) for module in routers]
     _theirs(pair, tokens())
     for hook in hooks:
         hook.remove()
     _, hidden = _forward(pair.ours, jnp.asarray(tokens()))
-    found = (
-        hidden.metrics["moe/evidence/weights"],
-        hidden.metrics["moe/evidence/experts"],
+    scores, weights, experts = (
+        np.asarray(hidden.metrics[f"moe/evidence/{name}"])
+        for name in ("scores", "weights", "experts")
     )
-    experts = pair.ours.config.ffn.experts  # pyright: ignore
-    mine = _spread(np.asarray(found[0]), np.asarray(found[1]), experts)
-    other = np.stack([_spread(*one, experts) for one in seen])
+    logits = np.stack([theirs for theirs, _, _ in seen])
+    count = scores.shape[-1]
+    mine = _spread(weights, experts, count)
+    other = np.stack([_spread(paid, taken, count) for _, paid, taken in seen])
     same = ((mine != 0) == (other != 0)).all()
-    return {"router": difference(mine, other), "same": "yes" if same else "no"}
+    return {
+        "scores": difference(scores, logits),
+        "router": difference(mine, other),
+        "same": "yes" if same else "no",
+    }
 
 
 def _spread(weights: np.ndarray, experts: np.ndarray, count: int) -> np.ndarray:

@@ -188,6 +188,7 @@ class MoE(nnx.Module):
         measured["router_z"] = jax.lax.stop_gradient(z)
         if kept is not None:
             measured |= drop_shares(routing, causes, valid=valid)
+        measured["evidence/scores"] = jax.lax.stop_gradient(scores)
         measured["evidence/experts"] = routing.experts
         measured["evidence/weights"] = jax.lax.stop_gradient(routing.weights)
         for name, state in STATES.items():

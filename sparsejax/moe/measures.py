@@ -3,7 +3,9 @@
 They take what a layer reports as ``metrics["evidence/experts"]`` and
 ``metrics["evidence/weights"]``: the experts of each token and their weights, 0 where a
 slot is unused or the token is padding. The model's ``metrics`` have them for each layer
-along a first axis; ``jax.vmap`` takes all layers at once.
+along a first axis; ``jax.vmap`` takes all layers at once. Beside them stand the scores
+that the router chose by, ``metrics["evidence/scores"]``, a row for each token, and for
+each round where tokens ask again.
 """
 
 import jax

@@ -38,7 +38,9 @@ def test_every_family_is_compared():
 
 
 @pytest.mark.parametrize("model", interop.MODELS)
-@pytest.mark.parametrize("what", ["prefill", "padded", "decode", "router", "export"])
+@pytest.mark.parametrize(
+    "what", ["prefill", "padded", "decode", "scores", "router", "export"]
+)
 def test_numbers_are_those_of_transformers(model, what):
     # 2e-5 of the largest: float32 on both sides, sums in other orders
     assert float(compared(model)[what] or 0) <= 2e-5

@@ -296,3 +296,12 @@ def test_config_comes_from_plain_values():
     assert convert(MoEConfig, values).router_arguments["groups"] == 4
     with pytest.raises(ConfigError, match=r"config\.router_arguments\.group"):
         convert(MoEConfig, values | {"router_arguments": {"group": 4}})
+
+
+def test_the_scores_that_the_router_chose_by_are_told():
+    moe = layer()
+    told = run(moe).metrics
+    expected = tokens().reshape(-1, WIDTH) @ moe.router[...]
+    np.testing.assert_allclose(told["evidence/scores"], expected, rtol=1e-5, atol=1e-5)
+    best = jnp.argmax(told["evidence/scores"], axis=-1)
+    np.testing.assert_array_equal(told["evidence/experts"][:, 0], best)
