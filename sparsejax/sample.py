@@ -7,6 +7,7 @@ Text appears as it is drawn; that of several prompts, drawn together, when all i
 """
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -97,18 +98,38 @@ def _key(seed: int) -> PRNGKeyArray:
     return jax.random.key(seed)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the flags, load, sample, and write the text to standard output."""
+def _tools(path: Path | None) -> list[dict[str, Any]] | None:
+    """Read the tools that an answer may call."""
+    if path is None:
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+        raise ConfigError(
+            f"--tools={path}: must be a JSON list of tools, each an object: its schema"
+        )
+    return found
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m sparsejax.sample")
     parser.add_argument("--workdir", type=Path, help="of a trained run")
     parser.add_argument("--checkpoint", help="a folder, a GGUF file, package:NAME")
     parser.add_argument("--prompt", action="append", help="may be given several times")
     parser.add_argument("--chat", action="store_true", help="as a user's message")
+    parser.add_argument("--tools", type=Path, help="of a chat: a JSON list of schemas")
     parser.add_argument("--tokens", type=int, default=200, help="how many to draw")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy")
     parser.add_argument("--top_p", type=float, default=0.95, help="nucleus, in (0, 1]")
     parser.add_argument("--seed", type=int, default=0)
-    flags = vars(parser.parse_args(argv))
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags, load, sample, and write the text to standard output."""
+    flags = vars(_parser().parse_args(argv))
     given = flags.pop("prompt") or ["The "]
 
     def show(text: str) -> None:
@@ -118,11 +139,15 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         prompts = heads = [_written(text) for text in given]
-        key = _key(flags.pop("seed"))
+        key, tools = _key(flags.pop("seed")), _tools(flags.pop("tools"))
+        rule = "are read by the chat template; add --chat"
+        require(tools is None or flags["chat"], "--tools", tools, rule)
         model, tokenizer = load_any(flags.pop("workdir"), flags.pop("checkpoint"))
         if flags.pop("chat"):
             # The template spells what opens a text.
-            flags["encode"] = lambda text: tokenizer.encode(asked(tokenizer, text))
+            flags["encode"] = lambda text: tokenizer.encode(
+                asked(tokenizer, text, tools=tools)
+            )
             heads = [f"{prompt}\n" for prompt in prompts]
         show(heads[0])
         with jax.set_mesh(alone()):

@@ -244,3 +244,7 @@ def test_a_chat_is_drawn_by_command_if_there_is_a_template(folder, capsys):
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     assert sample.main(command) == 0
     assert capsys.readouterr().out.startswith("Hi\n")
+    (folder / "tools.json").write_text('[{"name": "hours"}]')
+    (folder / "chat_template.jinja").write_text("{{ raise_exception(tools[0].name) }}")
+    assert sample.main([*command, f"--tools={folder / 'tools.json'}"]) == 2
+    assert "the chat template fails: hours" in capsys.readouterr().err
