@@ -56,12 +56,16 @@ class MemoryPlusConfig:
     per_head: int = 32  # slots that one head of one token reads
     key_width: int = 512  # of both halves together
     implementation: str = "xla"  # of the search, see ``product_key_top_k``
+    query_norm: Literal["batch", "layer", "rms", "none"] = "none"  # before qk_norm
     qk_norm: Literal["rms", "none"] = "rms"  # of each half of queries and keys
     value_width: int | None = None  # None: the model's width
     gate: Literal["none", "swilu"] = "swilu"  # silu(x W) times what was read
 
     def __post_init__(self) -> None:
         _check_lookup(self)
+        rule = "would change nothing before qk_norm='rms'; set one of them to 'none'"
+        twice = self.query_norm == self.qk_norm == "rms"
+        require(not twice, "query_norm", self.query_norm, rule)
         _check_value_width(self.value_width)
 
     @property

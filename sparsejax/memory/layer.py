@@ -108,7 +108,7 @@ class ProductKeys(nnx.Module):
         )
         self.keys = nnx.Param(keys, axes="h 2 r c")
         self.implementation = config.implementation
-        if getattr(config, "query_norm", None) == "batch":
+        if config.query_norm == "batch":
             start = jnp.zeros((2, heads, key_width), jnp.float32).at[1].set(1)
             self.moments = QueryMoments(start, axes="2 h c")
 
@@ -306,7 +306,8 @@ class MemoryPlus(nnx.Module):
     """Read a pool of values that other layers read too; gate and project the result.
 
     Queries and sub-keys are the layer's own. With ``qk_norm`` both are normalised, each
-    half by itself, so that no score exceeds ``key_width`` times the head's gain.
+    half by itself, so that no score exceeds ``key_width`` times the head's gain;
+    ``query_norm`` comes before it, as in ``ProductKeyMemory``.
 
     Source: Berges et al. 2024, arXiv:2412.09764, Sec. 2. Departure: queries and keys
     are normalised per half, which keeps the lookup exact, with one learned gain per
@@ -339,19 +340,32 @@ class MemoryPlus(nnx.Module):
         pool: Float[Array, "m f"] | Table,
         *,
         valid: Bool[Array, "b t"] | None = None,
+        key: PRNGKeyArray | None = None,
     ) -> Output:
-        """Read ``pool``, the values of a ``ValuePool``, once for every token."""
+        """Read ``pool``, the values of a ``ValuePool``, once for every token.
+
+        Args:
+            x: hidden states.
+            pool: the values.
+            valid: False for padding.
+            key: random key in training, None otherwise; it says which is the case.
+        """
         config, rows = self.config, x.reshape(-1, x.shape[-1])
         if pool.shape[0] != config.slots:
             raise ValueError(
                 f"pool of {pool.shape[0]} slots: must have sub_keys^2 = {config.slots};"
                 " build it as ValuePool(config, width)"
             )
-        gain = None if self.gain is None else self.gain[...]
-        hits = self.lookup(rows, k=config.per_head, norm="none", gain=gain)
+        moments, seen = batch_moments(self.lookup, rows, valid, key)
+        hits = self.lookup(
+            rows,
+            k=config.per_head,
+            norm=config.query_norm,
+            gain=None if self.gain is None else self.gain[...],
+            moments=moments,
+        )
         weights = jax.nn.softmax(hits.scores)
         read = embedding_bag(pool, *merge_heads(hits.ids, weights))
         value = self.write(rows, read).reshape(x.shape)
-        return Output(
-            value, {}, usage(hits.ids, weights, slots=config.slots, valid=valid)
-        )
+        metrics = usage(hits.ids, weights, slots=config.slots, valid=valid)
+        return Output(value, {}, metrics | seen)

@@ -7,32 +7,27 @@ import pytest
 from flax import nnx
 
 from sparsejax import memory
-from sparsejax.memory import MEMORIES
+from sparsejax.config import FieldError
 from sparsejax.tree import leaves
-from tests.memory.test_layer import SHAPE, SMALL, WIDTH, tokens
+from tests.memory.test_layer import SHAPE, SMALL, WIDTH, build, call, tokens
 from tests.train import toy
 
 BATCH = {"sub_keys": 4, "heads": 2, "per_head": 16, "key_width": 8}
 CONFIGS = {
     "product_key": memory.MemoryConfig(**BATCH, query_norm="batch"),
     "peer": memory.PEERConfig(**BATCH, query_norm="batch"),
+    "memory_plus": memory.MemoryPlusConfig(**BATCH, query_norm="batch"),
 }
 PAD = np.arange(SHAPE[1])[None] < np.array([[4], [3], [1], [0]])  # real tokens
 every_kind = pytest.mark.parametrize("config", CONFIGS.values(), ids=list(CONFIGS))
 
 
-def built(config):
-    return nnx.split(MEMORIES[config.kind](config, WIDTH, rngs=nnx.Rngs(0)))
-
-
-@jax.jit(static_argnums=0)
-def run(graph, state, x, **keywords):
-    return nnx.merge(graph, state)(x, **keywords)
+run = jax.jit(call, static_argnums=0)
 
 
 def sums(graph, state, x):
     """Of the real tokens' queries, one by one, of their squares, and their number."""
-    weight = np.asarray(nnx.merge(graph, state).lookup.query[...])
+    weight = np.asarray(nnx.merge(graph, state)[0].lookup.query[...])
     real = np.asarray(x)[PAD]
     queries = np.einsum("nd,dhc->nhc", real, weight)
     parts = queries, np.square(queries), np.ones_like(queries)
@@ -41,7 +36,7 @@ def sums(graph, state, x):
 
 @every_kind
 def test_training_norms_by_the_batch_and_evaluation_by_what_runs(config, key):
-    graph, state = built(config)
+    graph, state = build(config)
     x = 3 * tokens(key) + 1
     about = {"valid": jnp.asarray(PAD)}
     training = run(graph, state, x, **about, key=jax.random.key(0))
@@ -51,21 +46,20 @@ def test_training_norms_by_the_batch_and_evaluation_by_what_runs(config, key):
     evaluated = run(graph, state, x, **about)
     assert "evidence/queries" not in evaluated.metrics
     assert (evaluated.value != training.value).any()
-    layer = nnx.merge(graph, state)
+    layer, pool = nnx.merge(graph, state)
     layer.lookup.moments[...] = found[:2] / found[2:]
-    after = run(*nnx.split(layer), x, **about)
+    after = run(*nnx.split((layer, pool)), x, **about)
     np.testing.assert_allclose(after.value, training.value, rtol=2e-5, atol=2e-6)
 
 
 @every_kind
 def test_padding_and_the_size_of_queries_say_nothing(config, key):
-    graph, state = built(config)
+    graph, state = build(config)
     x, about = tokens(key), {"valid": jnp.asarray(PAD), "key": jax.random.key(0)}
     dirty = jnp.where(PAD[..., None], x, 1e3)
-    large = jax.tree.map(lambda a: a, state)
-    large["lookup"]["query"] = large["lookup"]["query"].replace(
-        100 * large["lookup"]["query"].get_value()
-    )
+    layer, pool = nnx.merge(graph, state, copy=True)
+    layer.lookup.query[...] *= 100
+    _, large = nnx.split((layer, pool))
     plain, padded = (run(graph, state, a, **about).value for a in (x, dirty))
     np.testing.assert_array_equal(plain[PAD], padded[PAD])
     scaled = run(graph, large, x, **about).value
@@ -74,7 +68,8 @@ def test_padding_and_the_size_of_queries_say_nothing(config, key):
 
 def test_gradients_go_through_the_moments_and_not_to_the_running_ones(key):
     """Along the query's own length there is none: the norm takes it out."""
-    graph, params, rest = nnx.split(nnx.merge(*built(CONFIGS["peer"])), nnx.Param, ...)
+    layer = memory.PEER(CONFIGS["peer"], WIDTH, rngs=nnx.Rngs(0))
+    graph, params, rest = nnx.split(layer, nnx.Param, ...)
 
     @jax.jit
     def slope(params):
@@ -112,6 +107,12 @@ def test_other_norms_have_no_moments():
         memory.MemoryConfig(**SMALL), WIDTH, rngs=nnx.Rngs(0)
     )
     assert not jax.tree.leaves(nnx.state(layer, memory.QueryMoments))
+
+
+def test_a_norm_that_the_next_one_undoes_is_refused():
+    with pytest.raises(FieldError, match="query_norm='rms': would change nothing"):
+        memory.MemoryPlusConfig(**SMALL, query_norm="rms")
+    memory.MemoryPlusConfig(**SMALL, query_norm="rms", qk_norm="none")
 
 
 @pytest.mark.slow  # three programs to compile

@@ -30,6 +30,7 @@ VARIANTS = {
     "product_key/gated": replace(CONFIGS["product_key"], gate="swilu"),
     "product_key/rms": replace(CONFIGS["product_key"], query_norm="rms"),
     "product_key/batch": replace(CONFIGS["product_key"], query_norm="batch"),
+    "memory_plus/layer": replace(CONFIGS["memory_plus"], query_norm="layer"),
     "memory_plus/plain": replace(CONFIGS["memory_plus"], qk_norm="none", gate="none"),
     "peer/sigmoid": replace(CONFIGS["peer"], scores="sigmoid", activation="silu"),
     "peer/relu": replace(CONFIGS["peer"], scores="relu"),
