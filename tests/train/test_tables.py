@@ -5,12 +5,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from sparsejax.config import ConfigError, FieldError, convert
 from sparsejax.masked import masks_of
 from sparsejax.memory import PEER, PEERConfig
+from sparsejax.memory.rows import Rows
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import Config
 from sparsejax.train.optim import OptimConfig
@@ -171,6 +173,57 @@ def test_a_step_moves_the_rows_that_are_specific_and_no_others():
     again, _ = moved_rows(16, rare)
     for path, moved in again.items():
         np.testing.assert_array_equal(moved, every[path])
+
+
+DIRECTIONS = {
+    "sgd": optax.identity(),
+    "adagrad": optax.scale_by_rss(0.1, 1e-7),
+    "adam": optax.scale_by_adam(),
+}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+@pytest.mark.parametrize("rule", sorted(DIRECTIONS))
+def test_decay_reaches_every_row_at_every_step(rule, share):
+    """Beside it rows move as the dense rule has it; by Adam, those that are read."""
+    config = PEERConfig(sub_keys=4, heads=2, per_head=2, key_width=4)
+    params = nnx.state(PEER(config, 8, rngs=nnx.Rngs(0)))
+    about = {"weight_decay": 2.0, "rates": {"up": 3.0}, "tables": rule}
+    tables = Tables(OptimConfig(learning_rate=0.1, **about), 8, params)
+    update, state = jax.jit(tables.update), tables.init(params)
+    direct, rng = DIRECTIONS[rule], np.random.default_rng(0)
+    dense = {path: np.asarray(x) for path, x in leaves(split(params)[0]).items()}
+    moments = direct.init(dense)
+    params = split(params)[0]
+    for step in range(8):
+        asked = {path: rng.random(len(x)) < share for path, x in dense.items()}
+        slopes = {
+            path: rng.normal(size=x.shape).astype("float32") * asked[path][:, None]
+            for path, x in dense.items()
+        }
+        rows = {path: rows_of(slopes[path], asked[path]) for path in dense}
+        count = {"step": jnp.int32(step), "factor": jnp.ones(())}
+        params, state, _ = update(params, state, rows, **count)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float
+            moved, moments = direct.update(slopes, moments)
+        for path, x in dense.items():
+            rate = float(tables.schedule(step)) * tables.rates[path]
+            rests = (rule == "adam") & ~asked[path][:, None]
+            dense[path] = (1 - 2 * rate) * x - np.where(rests, 0, rate * moved[path])
+    found = leaves(tables.settled(params, state))
+    for path, x in dense.items():
+        np.testing.assert_allclose(found[path], x, rtol=2e-5, atol=2e-5)
+
+
+def rows_of(slopes, asked):
+    """The rows that are asked for, ascending, then padding."""
+    ids = np.flatnonzero(asked)
+    rest = len(asked) - len(ids)
+    values = np.pad(slopes[ids], [(0, rest), (0, 0)])
+    return Rows(
+        jnp.asarray(np.pad(ids, (0, rest), constant_values=len(asked)), jnp.int32),
+        jnp.asarray(values),
+    )
 
 
 @pytest.mark.parametrize("name", ["lion", "muon", "adafactor", "momentum"])
