@@ -9,7 +9,11 @@ PEER layer, forward, backward and Adam, on 2048 tokens of width 256, each of whi
 a table's size costs by itself is seen where the experts are given, equally many of any
 table, spread over it: ``step, rows given``.
 ``growth`` is a time over that of the fewest slots, the two in turns; ``peak`` is what
-XLA sets aside for a step, over the bytes of parameters and moments.
+XLA sets aside for a step, over the bytes of parameters and moments. ``rate`` is what a
+device must move, over the time: of a lookup its queries, sub-keys and hits; of a step,
+whatever its training, the rows that tokens read, forward and backward, and once more
+each distinct one with its moments, read and written. ``copy`` is the rate at which the
+same device reads and writes a large array.
 """
 
 import argparse
@@ -31,10 +35,11 @@ from sparsejax.memory import PEER, PEERConfig, product_key_top_k
 from sparsejax.memory.peer import single_neurons
 from sparsejax.train.optim import OptimConfig, make_optimizer
 from sparsejax.train.tables import Tables, split
-from sparsejax.typing import Array, Float, Output, PyTree
+from sparsejax.typing import Array, Float, Int, Output, PyTree
 
 TOKENS, WIDTH, HEADS, PER_HEAD = 2048, 256, 8, 16  # of the layer
 LOOKUP = {"heads": 4, "key_width": 256, "k": 16}
+COPIED = 2**28  # bytes, more than any cache holds
 COLUMNS = {
     "work": "work",
     "slots": "slots",
@@ -42,6 +47,7 @@ COLUMNS = {
     "ms": "ms",
     "growth": "over the fewest slots",
     "peak": "peak over parameters and moments",
+    "rate": "GB/s",
 }
 
 Runner = Callable[[], Any]
@@ -52,6 +58,15 @@ class Step(NamedTuple):
 
     run: Runner
     peak: float
+    moved: int  # bytes that it cannot do without
+
+
+def copy(pace: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Time reading a large array and writing one."""
+    x = jnp.zeros(COPIED // 4, jnp.float32)
+    run = jax.jit(jnp.negative).lower(x).compile()
+    times = race({"copy": lambda: jax.block_until_ready(run(x))}, **pace)["copy"]
+    yield {"work": "copy"} | shown(statistics.median(times), 2 * x.nbytes)
 
 
 def lookup(slots: int) -> Runner:
@@ -74,13 +89,19 @@ class Given(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Output:
         """Run them, with equal weights."""
-        shape = TOKENS, HEADS * PER_HEAD
-        ids = np.random.default_rng(0).integers(0, self.distinct, shape, np.int32)
+        ids, weights = self.choose(x[0])
         # Without the barrier XLA sorts them while it compiles, and no step has to.
-        ids = jax.lax.optimization_barrier(jnp.asarray(ids * self.spacing))
-        weights = jnp.ones(shape)
+        ids = jax.lax.optimization_barrier(ids)
         y = single_neurons(x[0], self.down[...], self.up[...], ids, weights)
         return Output(y[None], {}, {})
+
+    def choose(
+        self, rows: Float[Array, "n d"]
+    ) -> tuple[Int[Array, "n k"], Float[Array, "n k"]]:
+        """Give the experts, whatever the tokens are, and their weights."""
+        shape = len(rows), HEADS * PER_HEAD
+        ids = np.random.default_rng(0).integers(0, self.distinct, shape, np.int32)
+        return jnp.asarray(ids * self.spacing), jnp.ones(shape)
 
 
 def step(slots: int, training: str, distinct: int | None = None) -> Step:
@@ -92,13 +113,14 @@ def step(slots: int, training: str, distinct: int | None = None) -> Step:
     config = PEERConfig(sub_keys=math.isqrt(slots), heads=HEADS, per_head=PER_HEAD)
     layer = PEER(config, WIDTH, rngs=nnx.Rngs(0))
     model = layer if distinct is None else Given(layer, distinct)
+    keys = jax.random.split(jax.random.key(1))
+    batch = tuple(jax.random.normal(key, (1, TOKENS, WIDTH)) for key in keys)
+    moved = moved_by(jax.jit(lambda model, x: model.choose(x)[0])(model, batch[0][0]))
     graph, params = nnx.split(model)
     make, tables = TRAININGS[training]
     optim = OptimConfig(learning_rate=1e-3, schedule="constant", tables=tables)
     state, train = make(graph, params, optim)
     del params
-    keys = jax.random.split(jax.random.key(1))
-    batch = tuple(jax.random.normal(key, (1, TOKENS, WIDTH)) for key in keys)
     compiled = jax.jit(train, donate_argnums=0).lower(state, *batch).compile()
     held = [state]
     size = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -110,7 +132,19 @@ def step(slots: int, training: str, distinct: int | None = None) -> Step:
     def run() -> None:
         held[0] = jax.block_until_ready(compiled(held[0], *batch))
 
-    return Step(run, peak / size)
+    return Step(run, peak / size, moved)
+
+
+def moved_by(ids: Int[Array, "*n"]) -> int:
+    """Count the bytes of rows that a step of Adam on both tables must move.
+
+    Args:
+        ids: of all experts that are run.
+    """
+    row, tables = 4 * WIDTH, 2
+    passes = 2 * ids.size  # forward, and backward for what the row was multiplied with
+    kept = 2 * (3 * row + 4) * np.unique(ids).size  # row, moments and when, both ways
+    return tables * (passes * row + kept)
 
 
 def loss_of(graph: Any, params: PyTree, x: Array, target: Array) -> Array:
@@ -166,7 +200,9 @@ def lookups(slots: list[int], pace: dict[str, Any]) -> Iterator[dict[str, Any]]:
     medians = [statistics.median(times[str(n)]) for n in slots]
     for n, seconds in zip(slots, medians, strict=True):
         growth = ratio(times, str(n), str(slots[0]))
-        yield {"work": "lookup", "slots": n, **shown(seconds, growth)}
+        moved = 4 * LOOKUP["heads"] * LOOKUP["key_width"] * (TOKENS + math.isqrt(n))
+        moved += 8 * LOOKUP["heads"] * LOOKUP["k"] * TOKENS
+        yield {"work": "lookup", "slots": n, **shown(seconds, moved, growth)}
     exponent = np.polyfit(np.log(slots), np.log(medians), 1)[0]
     yield {"work": "lookup, exponent of slots", "slots": "", "ms": f"{exponent:.2f}"}
 
@@ -180,15 +216,17 @@ def steps(
     times = race({name: x.run for name, x in made.items()}, **pace)
     for n in slots:
         seconds = statistics.median(times[str(n)])
-        found = shown(seconds, ratio(times, str(n), str(slots[0])))
+        growth = ratio(times, str(n), str(slots[0]))
+        found = shown(seconds, made[str(n)].moved, growth)
         found |= {"training": training, "peak": f"{made[str(n)].peak:.2f}"}
         work = "step, rows given" if given else "step"
         yield {"work": work, "slots": n, **found}
 
 
-def shown(seconds: float, growth: float) -> dict[str, str]:
-    """Write times as the table has them."""
-    return {"ms": f"{seconds * 1e3:.4g}", "growth": f"{growth:.3g}"}
+def shown(seconds: float, moved: int, growth: float | None = None) -> dict[str, str]:
+    """Write a time, and the bytes moved in it, as the table has them."""
+    found = {"ms": f"{seconds * 1e3:.4g}", "rate": f"{moved / seconds / 1e9:.3g}"}
+    return found if growth is None else found | {"growth": f"{growth:.3g}"}
 
 
 def main(argv: list[str]) -> int:
@@ -204,6 +242,7 @@ def main(argv: list[str]) -> int:
     blank = dict.fromkeys(COLUMNS, "")
     rows: list[dict[str, Any]] = []
     for found in (
+        copy(pace),
         lookups(flags.lookups, pace),
         steps(flags.slots, "rows", pace),
         steps(flags.slots, "rows", pace, given=True),

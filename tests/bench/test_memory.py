@@ -1,18 +1,22 @@
 import csv
 
+import jax.numpy as jnp
+
 from sparsejax.bench import memory as bench
 from sparsejax.bench import table
 
 
 def test_the_table_is_written(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(table, "RESULTS", tmp_path)
-    for name, size in (("TOKENS", 8), ("WIDTH", 4), ("HEADS", 2), ("PER_HEAD", 2)):
+    sizes = {"TOKENS": 8, "WIDTH": 4, "HEADS": 2, "PER_HEAD": 2, "COPIED": 4096}
+    for name, size in sizes.items():
         monkeypatch.setattr(bench, name, size)
     flags = ["--rounds=1", "--lookups", "256", "1024", "--slots", "256", "1024"]
     assert bench.main(flags) == 0
     with (tmp_path / "memory.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["work"], row["training"], row["slots"]) for row in rows] == [
+        ("copy", "", ""),
         ("lookup", "", "256"),
         ("lookup", "", "1024"),
         ("lookup, exponent of slots", "", ""),
@@ -26,4 +30,14 @@ def test_the_table_is_written(monkeypatch, tmp_path, capsys):
     steps = [row for row in rows if row["work"].startswith("step")]
     assert all(float(row["ms"]) > 0 and float(row["peak"]) >= 1 for row in steps)
     assert [row["growth"] for row in steps[::2]] == ["1", "1", "1"]
+    assert all(float(row["rate"]) > 0 for row in rows if row["growth"])
+    assert float(rows[0]["rate"]) > 0
     assert "| step | 1024 | rows |" in capsys.readouterr().out
+
+
+def test_bytes_are_of_rows_that_are_read_and_of_distinct_ones_that_move(monkeypatch):
+    monkeypatch.setattr(bench, "WIDTH", 10)
+    ids = jnp.array([[3, 1], [1, 1], [3, 7]])
+    read = 2 * 2 * 6 * 40  # tables, passes, reads, bytes of a row
+    moved = 2 * 2 * 3 * (3 * 40 + 4)  # in and out: row, two moments, one count
+    assert bench.moved_by(ids) == read + moved
