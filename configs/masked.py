@@ -55,6 +55,14 @@ METHODS = {
         "criterion": "saliency",
         "allocation": "snip",
     },
+    # before the first step, by what a batch says of the drawn weights
+    "grasp": {
+        "density": 0.1,
+        "schedule": "constant",
+        "updater": "static",
+        "initial_criterion": "grasp",
+        "allocation": "grasp",
+    },
     "fisher": {"density": 0.3, "criterion": "fisher", "allocation": "global", **MIDDLE},
     "movement": {
         "density": 0.3,

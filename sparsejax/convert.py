@@ -100,8 +100,8 @@ def upcycle(
     )
     key = jax.random.key(config.seed)
     sparse = upcycled(model, config.model, key=key, drop=drop)
-    made = nnx.split(sparse, nnx.Param, ...)[1:]
-    write_start(out, config, lambda trainer: trainer.step.begin(*made))
+    _, params, variables = nnx.split(sparse, nnx.Param, ...)
+    write_start(out, config, lambda trainer: trainer.step.begin(params, variables))
     return config
 
 
@@ -130,7 +130,8 @@ def finetune(
         config = dataclasses.replace(config, optim=_frozen(config, model))
 
     def begin(trainer: Trainer) -> State:
-        state = trainer.step.begin(*nnx.split(model, nnx.Param, ...)[1:])
+        _, params, variables = nnx.split(model, nnx.Param, ...)
+        state = trainer.step.begin(params, variables, *trainer.first)
         if config.optim.table_rows is None:
             return state
         return _with_rarity(state, _seen(before, trainer, state, batches), batches)

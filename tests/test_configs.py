@@ -90,7 +90,7 @@ def toy_step(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_traces_at_toy_size(name):
     step, batch = toy_step(name)
-    state = jax.eval_shape(step.init, jax.random.key(0))
+    state = jax.eval_shape(step.init, jax.random.key(0), batch)
     after, metrics = jax.eval_shape(step.train, state, batch)
     assert jax.tree.structure(after) == jax.tree.structure(state)
     assert metrics["loss"].shape == ()
@@ -101,7 +101,7 @@ def test_a_config_traces_at_toy_size(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_config_takes_two_steps_at_toy_size(name):
     step, batch = toy_step(name)
-    state = jax.jit(step.init)(jax.random.key(0))
+    state = jax.jit(step.init)(jax.random.key(0), batch)
     before = jax.tree.map(np.array, state.params)
     train = jax.jit(step.train)
     for _ in range(2):

@@ -116,7 +116,8 @@ def _write(config: Config, model: Transformer, draft: Path, mesh: Mesh) -> None:
 
     def start(trainer: Trainer) -> State:
         cut = {"out_shardings": shardings(trainer.abstract, mesh)}
-        return jax.jit(trainer.step.begin, donate_argnums=(0, 1), **cut)(*parts)
+        begin = jax.jit(trainer.step.begin, donate_argnums=(0, 1), **cut)
+        return begin(*parts, *trainer.first)
 
     data = dataclasses.replace(config.data, tokenizer_file=str(draft / JSON))
     write_start(draft, config, start, data=data, mesh=mesh)

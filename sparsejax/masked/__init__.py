@@ -42,7 +42,7 @@ from sparsejax.masked.estimators import (
     straight_through,
     top_kast,
 )
-from sparsejax.masked.evidence import Measured, measure
+from sparsejax.masked.evidence import Measured, measure, measures
 from sparsejax.masked.fan_in import FanIn
 from sparsejax.masked.kept import clock, horizon
 from sparsejax.masked.metrics import Cost, cost, metrics
@@ -170,6 +170,8 @@ NEEDS = {
     by_momentum: "momentum",
     sparse_momentum: "momentum",
 }
+# What these judge by is known before the first step only if it is measured.
+MEASURED = {gradient: "gradient", saliency: "gradient", grasp: "curvature"}
 # What executes products with masked weights, and which members each is for; an empty
 # one is for all.
 PRODUCTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -183,6 +185,8 @@ PRODUCTS: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # What a member works with, where that is not everything.
 PARTNERS = {
+    grasp: {"updater": ("static",)},
+    by_grasp: {"updater": ("static",)},
     srigl: {"structure": ("constant_fan_in",)},
     learned: {
         "structure": ("n_of_m",),
@@ -237,6 +241,7 @@ __all__ = [
     "horizon",
     "masks_of",
     "measure",
+    "measures",
     "metrics",
     "prune_and_grow",
     "sparse",

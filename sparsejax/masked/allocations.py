@@ -6,7 +6,7 @@ and to dicts by path. Layers that are stacked in one parameter have one density.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from sparsejax.config import near
@@ -20,6 +20,7 @@ __all__ = [
     "er",
     "erk",
     "global_",
+    "matching",
     "snip",
     "uniform",
 ]
@@ -104,7 +105,7 @@ def _proportional(
     """Share out what is not dense by a ratio; what would be denser than dense is."""
     weights = {p: x.size * x.copies for p, x in layers.items()}
     total = density * sum(weights.values())
-    full = _matches(layers, dense)
+    full = matching(layers, dense)
     if dense and total <= sum(weights[p] for p in full):
         share = sum(weights[p] for p in full) / sum(weights.values())
         raise ValueError(
@@ -122,9 +123,20 @@ def _proportional(
         full |= over
 
 
-def _matches(layers: Mapping[str, Layer], patterns: tuple[str, ...]) -> set[str]:
-    for pattern in patterns:
-        if not any(re.search(pattern, path) for path in layers):
+def matching(layers: Mapping[str, Layer], patterns: Iterable[str]) -> set[str]:
+    """Find the layers whose path matches a regex.
+
+    Raises:
+        ValueError: if one matches none, or is no regex.
+    """
+    for pattern in (patterns := tuple(patterns)):
+        try:
+            found = [path for path in layers if re.search(pattern, path)]
+        except re.error as error:
+            raise ValueError(
+                f"{pattern!r} must be a regular expression ({error})"
+            ) from None
+        if not found:
             raise ValueError(
                 f"{pattern!r} matches no masked path{near(pattern, layers)}"
             )
@@ -139,7 +151,7 @@ def by_path(
     Raises:
         ValueError: if a regex matches no path, or a density is not in (0, 1].
     """
-    _matches(layers, tuple(densities))
+    matching(layers, densities)
     for pattern, given in densities.items():
         if not 0 < given <= 1:
             raise ValueError(f"densities[{pattern!r}]={given}: must be in (0, 1]")

@@ -3,6 +3,7 @@
 import inspect
 import math
 import re
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
@@ -40,7 +41,7 @@ class MaskedConfig:
     end: int = 0  # last such step
     every: int = 100  # steps from one change to the next
     updater: str = "prune"  # how a mask follows from the last one
-    updater_arguments: dict[str, float] = field(default_factory=dict)
+    updater_arguments: dict[str, float | dict[str, float]] = field(default_factory=dict)
     moved: float = 0.3  # share of the live weights that growing updaters move, at first
     estimator: str = "masked"  # what gradient reaches the stored weights
     estimator_arguments: dict[str, float] = field(default_factory=dict)
@@ -169,6 +170,8 @@ class MaskedConfig:
             ("updater", masked.UPDATERS),
             ("estimator", masked.ESTIMATORS),
             ("structure", masked.STRUCTURES),
+            ("criterion", masked.CRITERIA),
+            ("allocation", masked.ALLOCATIONS),
         ):
             member = table[getattr(self, kind)]
             for other, names in masked.PARTNERS.get(member, {}).items():
@@ -254,7 +257,8 @@ def _check_range(
     if known.name not in ranges:
         return
     least, most = ranges[known.name]
-    inside = math.isfinite(value) and least <= value <= (most or value)
+    given = value.values() if isinstance(value, Mapping) else [value]
+    inside = all(math.isfinite(x) and least <= x <= (most or x) for x in given)
     rule = f"must be in [{least}, {most}]" if most else f"must be at least {least}"
     if known.default is not known.empty:
         rule += f"; the default is {known.default}"
@@ -264,6 +268,8 @@ def _check_range(
 def _fits(kind: Any, value: Any) -> bool:
     """Whether a value is of a kind; an int is a float, a bool is neither."""
     outer, inner = get_origin(kind), get_args(kind)
+    if outer is types.UnionType:
+        return any(_fits(one, value) for one in inner)
     if outer is None:
         return type(value) in ((int, float) if kind is float else (kind,))
     if not isinstance(value, outer):

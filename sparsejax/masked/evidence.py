@@ -14,11 +14,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sparsejax import masked, tree
+from sparsejax.masked.budgets import begins_dense
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.plan import Target
 from sparsejax.typing import Array, PyTree
 
-__all__ = ["Measured", "Trace", "measure", "moments", "owners", "started", "traced"]
+__all__ = [
+    "Measured",
+    "Trace",
+    "measure",
+    "measures",
+    "moments",
+    "owners",
+    "started",
+    "traced",
+]
 
 # What optax calls them, the first that there is: Adam, Lion and Muon, SGD, Adan; Adam,
 # Adan, whose v is another thing, Adafactor, whose ema is of updates, not of gradients.
@@ -34,19 +44,33 @@ class Measured(NamedTuple):
     """Derivatives at the initial weights, trees like them."""
 
     gradient: PyTree
-    curvature: PyTree  # the Hessian times the gradient
+    curvature: PyTree  # the Hessian times the gradient; empty if not measured
 
 
-def measure(loss: Callable[[PyTree], Array], params: PyTree) -> Measured:
-    """Differentiate a loss twice, for masks that are chosen before the first step.
+def measure(
+    loss: Callable[[PyTree], Array], params: PyTree, *, curvature: bool = True
+) -> Measured:
+    """Differentiate a loss, for masks that are chosen before the first step.
 
     Args:
         loss: of the parameters alone; over one batch or many.
         params: where to measure.
+        curvature: whether to do so twice.
     """
     gradient = jax.grad(loss)
     slope = gradient(params)
+    if not curvature:
+        return Measured(slope, {})
     return Measured(slope, jax.jvp(gradient, (params,), (slope,))[1])
+
+
+def measures(plan: MaskedConfig) -> set[str]:
+    """Name the derivatives that the first masks of a plan are chosen by."""
+    if begins_dense(plan):
+        return set()
+    members: list[Any] = [masked.CRITERIA[plan.initial_criterion]]
+    members.append(masked.RANKED_BY.get(masked.ALLOCATIONS[plan.allocation]))
+    return {masked.MEASURED[member] for member in members if member in masked.MEASURED}
 
 
 def needs(plan: MaskedConfig) -> set[str]:

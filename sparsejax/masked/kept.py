@@ -172,7 +172,8 @@ def _learns(plan: MaskedConfig) -> bool:
 
 
 def _learning(plan: MaskedConfig) -> Learning:
-    return Learning(**plan.updater_arguments)
+    arguments: Any = plan.updater_arguments
+    return Learning(**arguments)
 
 
 def _first_logits(plan: MaskedConfig, target: Target, mask: Array) -> Array:

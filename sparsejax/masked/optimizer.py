@@ -357,7 +357,8 @@ def _changed(
     final = target.count(target.ramp.final)
 
     def one(mask: Array, seen: Evidence, budget: Any) -> Array:
-        rule = Rule(target.structure, criterion, budget.keep, budget.moved, final)
+        keep, moved = budget
+        rule = Rule(target.structure, criterion, keep, moved, final, target.path)
         return updater(mask, seen, rule)
 
     mask = target.each(one)(mask, seen, budget)

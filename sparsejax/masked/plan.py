@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sparsejax import masked, tree
 from sparsejax.config import near
-from sparsejax.masked.allocations import Layer
+from sparsejax.masked.allocations import Layer, matching
 from sparsejax.masked.config import MaskedConfig
 from sparsejax.masked.schedules import Ramp
 from sparsejax.masked.structures import Structure
@@ -115,6 +115,8 @@ def targets(params: PyTree, plan: MaskedConfig) -> dict[str, Target]:
     paths = _chosen(plan, {p: axes.get(p, "") for p in arrays}, arrays)
     letters = {p: axes.get(p, "").split() for p in paths}
     layers = {p: layer_of(arrays[p].shape, letters[p]) for p in paths}
+    for given in plan.updater_arguments.values():
+        matching(layers, given if isinstance(given, Mapping) else ())
     allocate = masked.ALLOCATIONS[plan.allocation]
     ends = [
         allocate(layers, density, **plan.allocation_arguments)

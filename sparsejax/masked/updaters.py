@@ -6,13 +6,14 @@ it returns has exactly ``rule.keep`` weights; ``srigl``, which may give up whole
 neurons, has as many as an equal number for each of the others allows.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from sparsejax.masked.criteria import Evidence, gradient, momentum, random
 from sparsejax.masked.structures import ConstantFanIn, Structure, best
+from sparsejax.tree import longest_match
 from sparsejax.typing import Array, Bool, Float, Int
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 Criterion = Callable[[Evidence], Float[Array, "*shape"]]
+SALIENT = 0.3  # what ``srigl`` asks of neurons
 
 
 class Rule(NamedTuple):
@@ -39,6 +41,7 @@ class Rule(NamedTuple):
     keep: int | Int[Array, ""]  # live weights after the update
     moved: int | Int[Array, ""] = 0  # of those, how many are grown anew
     final: int = 0  # live weights at the end of the schedule
+    path: str = ""  # of the layer's parameter
 
 
 def prune_and_grow(
@@ -116,7 +119,7 @@ def srigl(
     seen: Evidence,
     rule: Rule,
     *,
-    salient: float = 0.3,
+    salient: float | Mapping[str, float] = SALIENT,
 ) -> Bool[Array, "*shape"]:
     """Move weights as RigL does, every neuron with equally many, idle ones with none.
 
@@ -131,7 +134,9 @@ def srigl(
         mask: before.
         seen: weights and dense gradients.
         rule: its structure is a constant fan-in.
-        salient: least share of its weights that has to be salient.
+        salient: least share of a neuron's weights that has to be salient, by regexes of
+            paths if it differs: the longest that a path matches. At 0 no neuron is
+            given up.
 
     Raises:
         ValueError: if the structure is another.
@@ -150,8 +155,7 @@ def srigl(
     grown = best(slope.reshape(-1), rule.keep - stay).reshape(rows.shape)
     count = jnp.sum(kept | grown, axis=1)
     neurons, inputs = rows.shape
-    usual = jnp.asarray(rule.keep // neurons, jnp.float32)
-    least = jnp.maximum(jnp.floor(salient * usual), 1).astype(jnp.int32)
+    least = _least(salient, rule.path, rule.keep // neurons)
     needed = best(count.astype(jnp.float32), -(-rule.keep // inputs))
     active = (count >= least) | needed
     each = rule.keep // jnp.maximum(jnp.sum(active), 1)
@@ -159,6 +163,16 @@ def srigl(
     order = jnp.where(kept, inputs + _rank(size), _rank(slope)).astype(jnp.float32)
     chosen = best(order, each) & active[:, None]
     return structure.ungrouped(chosen, mask.shape)
+
+
+def _least(
+    salient: float | Mapping[str, float], path: str, usual: Any
+) -> Int[Array, ""]:
+    """Count the salient weights that a neuron of this path has to have."""
+    if isinstance(salient, Mapping):
+        salient = longest_match(salient, path, SALIENT)
+    count = jnp.floor(salient * jnp.asarray(usual, jnp.float32))
+    return jnp.maximum(count, 1 if salient > 0 else 0).astype(jnp.int32)
 
 
 def static(

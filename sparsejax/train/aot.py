@@ -68,13 +68,13 @@ def judge(config: Config, target: Target) -> Judgement:
     step = Step(config, vocabulary, np.ones(vocabulary, np.int32))
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        abstract = jax.eval_shape(step.init, key)
+        shape = config.data.batch_size, config.data.seq_len + 1
+        batch = jax.eval_shape(lambda: Batch(*[np.empty(shape, np.int32)] * 3))
+        abstract = jax.eval_shape(step.init, key, batch)
         check_divisible(abstract.params, mesh)
         cut = shardings(abstract, mesh)
         rows = NamedSharding(mesh, PartitionSpec(BATCH))
         whole = NamedSharding(mesh, PartitionSpec())
-        shape = config.data.batch_size, config.data.seq_len + 1
-        batch = jax.eval_shape(lambda: Batch(*[np.empty(shape, np.int32)] * 3))
         _, train, _ = compiled(step, cut, rows, whole)
         start = time.perf_counter()
         lowered = train.trace(abstract, batch).lower(

@@ -82,10 +82,12 @@ class Trainer:
         )
         tokenizer = self.data.tokenizer
         self.step = Step(config, tokenizer.vocab_size, tokenizer.token_bytes)
+        self.first = self._first_batch()
         # Traced, like the model itself: nothing compiles before all checks are done.
         try:
             abstract = jax.eval_shape(
-                lambda: self.step.init(jax.random.key(config.seed))
+                lambda *batch: self.step.init(jax.random.key(config.seed), *batch),
+                *self.first,
             )
         except ConfigError:
             raise
@@ -104,9 +106,18 @@ class Trainer:
             self.step, self.shardings, self.rows, whole
         )
 
+    def _first_batch(self) -> tuple[Batch, ...]:
+        """Give the batch that first masks are chosen by; training has it, too."""
+        if not self.step.measures:
+            return ()
+        position = self.data.train.state()
+        batch = next(self.data.train)
+        self.data.train.restore(position)
+        return (batch,)
+
     def init(self) -> State:
         """Draw a fresh state, each device its own piece."""
-        return self._init(self.key)
+        return self._init(self.key, *(global_batch(x, self.rows) for x in self.first))
 
     def take_step(self, state: State, batch: Batch) -> tuple[State, dict[str, Any]]:
         """Take one step on this process's rows; ``state`` is used up."""

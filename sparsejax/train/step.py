@@ -21,9 +21,9 @@ from sparsejax.data import Batch
 from sparsejax.masked import MaskedConfig
 from sparsejax.masked.plan import targets
 from sparsejax.nn import Transformer, refreshed
-from sparsejax.partition import BATCH, constrain
 from sparsejax.train.config import Config
 from sparsejax.train.optim import make_optimizer, make_schedule
+from sparsejax.train.parts import measured, micro_batches
 from sparsejax.train.routes import Visits, no_visits, unvisited, visits_of
 from sparsejax.train.tables import BothStates, Tables, split, square_of
 from sparsejax.tree import leaves
@@ -118,27 +118,38 @@ class Step:
             self.tables = Tables(config.optim, steps, self.params)
             self.rest = split(self.params)[1]
             self.plan = _plan_without_tables(config.masked, self.rest)
-        self.optimizer = make_optimizer(config.optim, steps, self.params, self.rest)
+        self.bare = make_optimizer(config.optim, steps, self.params, self.rest)
+        self.measures = set() if self.plan is None else masked.measures(self.plan)
+        self.optimizer = self.bare
         if self.plan is not None:
-            self.optimizer = masked.sparse(self.optimizer, self.plan)
+            self.optimizer = masked.sparse(self.bare, self.plan)
 
     def _model(self, key: Array) -> Transformer:
         return Transformer(self.config.model, self.vocabulary, rngs=nnx.Rngs(key))
 
-    def init(self, key: Array) -> State:
+    def init(self, key: Array, batch: Batch | None = None) -> State:
         """Draw the parameters and start the optimiser."""
         _, params, variables = nnx.split(self._model(key), nnx.Param, ...)
-        return self.begin(params, variables)
+        return self.begin(params, variables, batch)
 
-    def begin(self, params: PyTree, variables: PyTree) -> State:
-        """Start the optimiser on parameters that were made elsewhere."""
+    def begin(
+        self, params: PyTree, variables: PyTree, batch: Batch | None = None
+    ) -> State:
+        """Start the optimiser on parameters that were made elsewhere.
+
+        What it ``measures``, for first masks, is of a batch.
+        """
+        optimizer = self.optimizer
+        if self.plan is not None and self.measures and batch is not None:
+            found = self._measured(params, variables, batch)
+            optimizer = masked.sparse(self.bare, self.plan, measured=found)
         if self.tables is None:
-            opt = self.optimizer.init(params)
+            opt = optimizer.init(params)
         else:
             if self.config.masked is not None:
                 plan = self.config.masked
                 self.tables.refuse_masks(plan, targets(params, plan))
-            rest = self.optimizer.init(split(params)[1])
+            rest = optimizer.init(split(params)[1])
             opt = BothStates(rest, self.tables.init(params))
         fault, since = jnp.full(2, -1, jnp.int32), no_visits(self.config.model)
         if self.config.masked is not None:
@@ -146,6 +157,18 @@ class Step:
             found = masked.metrics(masks, masks)
             since |= {k: jnp.zeros_like(x) for k, x in found.items() if FLIPS in k}
         return State(jnp.zeros((), jnp.int32), params, variables, opt, fault, since)
+
+    def _measured(self, params: PyTree, variables: PyTree, batch: Batch) -> Any:
+        """Differentiate the loss of a batch by what is trained."""
+
+        def loss(trained: PyTree, part: Batch) -> Array:
+            whole = nnx.merge_state(params, trained)
+            model = nnx.merge(self.graph, whole, variables, copy=True)
+            return self._losses(model, part)[0].nll
+
+        parts = micro_batches(batch, self.config.optim.accumulate)
+        trained = params if self.tables is None else split(params)[1]
+        return measured(loss, trained, parts, curvature="curvature" in self.measures)
 
     def model(self, state: State) -> Transformer:
         """Build the model that the state describes, masks and decay applied."""
@@ -327,7 +350,7 @@ class Step:
             return jax.tree.map(jnp.add, grads, more), (told, asides)
 
         zeros = jax.tree.map(jnp.zeros_like, trained)
-        parts = _micro_batches(batch, count), jax.random.split(key, count)
+        parts = micro_batches(batch, count), jax.random.split(key, count)
         grads, (told, (losses, aside)) = jax.lax.scan(body, zeros, parts)
         losses = jax.tree.map(jnp.sum, losses)
         aside = jax.tree.map(lambda x: jnp.mean(x, axis=0), aside)
@@ -352,17 +375,6 @@ def _predicts(segments: Int[Array, "b s"]) -> Float[Array, "b t"]:
     """1 where a token has a successor in its own document; 0 is padding."""
     real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
     return real.astype(jnp.float32)
-
-
-def _micro_batches(batch: Batch, count: int) -> Batch:
-    """Every ``count``-th row to each, so that each is spread over all devices."""
-
-    def cut(x: Any) -> Array:
-        x = jnp.asarray(x)
-        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-        return constrain(x, "a b t", {"b": BATCH})
-
-    return jax.tree.map(cut, batch)
 
 
 def _first_fault(

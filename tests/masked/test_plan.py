@@ -22,6 +22,8 @@ WRONG = [
     ("updater", "learned", {}, "prior", -1.0, "at least 0"),
     ("updater", "learned", {}, "reward", -1.0, "at least 0"),
     ("updater", "srigl", {}, "salient", 2.0, r"in \[0, 1\]"),
+    ("updater", "srigl", {}, "salient", {"up": 2.0}, r"in \[0, 1\]"),
+    ("updater", "learned", {}, "rate", {"up": 2.0}, "of type float"),
     ("allocation", "erk", {}, "power", -1.0, "at least 0"),
     ("allocation", "erk", {}, "power", ("up",), "of type float"),
     ("allocation", "erk", {}, "dense", 0.5, r"of type tuple\[str, ...\]"),
@@ -86,6 +88,11 @@ WRONG = [
         ({"every": 0}, "every=0: must be positive"),
         ({"end": 9}, "end=9: must be begin=2 plus a multiple of every=2"),
         ({"seed": -1}, "seed=-1"),
+        (
+            {"criterion": "grasp"},
+            "criterion='grasp': works only with updater 'static', not 'prune'",
+        ),
+        ({"allocation": "grasp"}, "allocation='grasp': works only with updater"),
         ({"include": ("(",)}, r"include='\(': must be a regular expression"),
         ({"exclude": ("(",)}, r"exclude='\(': must be a regular expression"),
         ({"updater": "static"}, "nothing would follow schedule='cubic'"),
@@ -117,6 +124,14 @@ def test_a_plan_that_cannot_be_run_names_the_fault(changes, message):
         (
             {"structure": "block", "structure_arguments": {"tile": (5, 5)}},
             r"block\(tile=\(5, 5\)\) must divide the last axes",
+        ),
+        (
+            {
+                "structure": "constant_fan_in",
+                "updater": "srigl",
+                "updater_arguments": {"salient": {"upp": 0.5}},
+            },
+            "'upp' matches no masked path; one of moe/up",
         ),
         ({"density": 0.001}, r"density=0.001 of .* rounds to no weight at all"),
         (

@@ -14,6 +14,7 @@ from flax import nnx
 from configs.masked import METHODS
 from sparsejax import tree
 from sparsejax.config import ConfigError, convert, read
+from sparsejax.data import Batch
 from sparsejax.masked import (
     Blocked,
     Mask,
@@ -36,7 +37,8 @@ FILE = Path(__file__).parents[2] / "configs" / "masked.py"
 def test_every_method_is_a_config_whose_plan_fits_the_model(name):
     config = convert(Config, read(f"{FILE}:{name}"))
     step = Step(config, 260, np.ones(260, np.int32))
-    state = jax.eval_shape(step.init, jax.random.key(0))
+    rows = [jax.ShapeDtypeStruct((8, 257), "int32")] * 3
+    state = jax.eval_shape(step.init, jax.random.key(0), Batch(*rows))
     masks = masks_of(state.opt)
     assert masks
     assert all(m.shape == tree.leaves(state.params)[p].shape for p, m in masks.items())

@@ -140,7 +140,7 @@ def slow_srigl(mask, weight, slope, keep, moved, salient):
     kept = set(by_size[: keep - moved])
     grown = set(sorted(places, key=lambda p: -abs(slope[p]))[:moved])
     count = [sum((i, j) in kept | grown for j in range(inputs)) for i in range(neurons)]
-    least = max(int(salient * (keep // neurons)), 1)
+    least = max(int(salient * (keep // neurons)), 1) if salient else 0
     most = sorted(range(neurons), key=lambda i: -count[i])[: -(-keep // inputs)]
     active = [i for i in range(neurons) if count[i] >= least or i in most]
     after = np.zeros_like(mask)
@@ -184,6 +184,16 @@ def test_srigl_gives_up_neurons_that_have_nothing_salient():
     after = np.asarray(srigl(0.5)(mask, seen))
     assert not after[3].any()
     assert after[:3].any(1).all()
+
+
+def test_what_srigl_asks_of_neurons_may_differ_by_path():
+    mask, seen = ConstantFanIn(axis=1)(jnp.ones(SHAPE), 24), evidence(0)
+    asked = {"ffn": 0.9, "ffn/down$": 0.0}
+    for path, salient in (("ffn/up", 0.9), ("ffn/down", 0.0), ("attn/out", 0.3)):
+        rule = Rule(ConstantFanIn(axis=1), CRITERIA["magnitude"], 24, 8, path=path)
+        after = UPDATERS["srigl"](mask, seen, rule, salient=asked)
+        np.testing.assert_array_equal(after, srigl(salient)(mask, seen))
+        assert salient or np.asarray(after).any(1).all()  # at 0 none is given up
 
 
 def test_srigl_refuses_other_structures():
