@@ -17,6 +17,7 @@ BENCHES = (
     "decode",
     "facts",
     "finetuned",
+    "flips",
     "frontier",
     "interop",
     "masked",
