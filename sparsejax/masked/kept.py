@@ -43,8 +43,8 @@ def begun(
     params: PyTree,
     inner: PyTree,
     masks: dict[str, Array],
-) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Start what is kept; also give the masks, which learning has the first word on.
+) -> dict[str, Any]:
+    """Start what is kept beside the initial masks.
 
     Raises:
         ValueError: if the optimiser lacks what the plan looks at.
@@ -68,7 +68,7 @@ def begun(
     if plan.track:
         for name in ("first", "ever"):
             kept[name] = {p: Trace(masks[p], axes=t.axes) for p, t in active.items()}
-    return kept, masks
+    return kept
 
 
 def followed(

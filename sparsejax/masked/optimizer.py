@@ -76,7 +76,7 @@ def sparse(
         with _foreign():
             inner = tx.init(params)
         masks = _initial(found, params, plan, measured)
-        kept, masks = keeping.begun(plan, active, params, inner, masks)
+        kept = keeping.begun(plan, active, params, inner, masks)
         variables = {p: Mask(m, axes=found[p].axes) for p, m in masks.items()}
         return SparseState(jnp.zeros((), jnp.int32), variables, inner, kept)
 

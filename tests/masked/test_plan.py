@@ -10,6 +10,7 @@ from sparsejax.config import ConfigError, FieldError, convert
 from sparsejax.masked import MaskedConfig, sparse
 from sparsejax.masked.plan import targets
 from tests.masked.networks import DOWN, EXPERTS, TX, UP, network, plan
+from tests.train.toy import toy
 
 # Kind, member and its other arguments; the argument, its value and the rule it breaks.
 WRONG = [
@@ -230,6 +231,13 @@ def test_a_density_given_by_path_is_the_end_of_a_gradual_schedule(key):
     )
     ramp = targets(network(key), chosen)[DOWN].ramp
     assert (ramp.initial, ramp.final) == (1.0, 0.5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("end", 20), ("dense_from", 24)])
+def test_a_plan_that_outlasts_its_run_is_refused(field, value):
+    message = rf"masked\.{field}={value}: must be one of the steps 0 to 19"
+    with pytest.raises(ConfigError, match=message):
+        toy(masked={field: value})
 
 
 def test_a_plan_comes_from_a_config_file():

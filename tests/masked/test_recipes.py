@@ -16,6 +16,8 @@ from sparsejax import tree
 from sparsejax.config import ConfigError, convert, read
 from sparsejax.data import Batch
 from sparsejax.masked import (
+    GROWING,
+    UPDATERS,
     Blocked,
     Mask,
     effective,
@@ -309,6 +311,54 @@ def test_what_is_kept_has_the_axes_of_its_parameter():
     kept = sparse(optax.adamw(1e-2), config).init(tree_).kept
     for name in ("movement", "first", "ever"):
         assert kept[name]["w"].axes == "l d f"
+
+
+STEADY = {"schedule": "constant", "begin": 0, "initial_criterion": "magnitude"}
+GROUPS = {"structure": "n_of_m", "structure_arguments": {"m": 4}, "density": 0.5}
+STILL = {
+    "srigl": {"updater": "srigl", "structure": "constant_fan_in", "moved": 0.6},
+    "sparse_momentum": {"updater": "sparse_momentum"},
+    "select": {"updater": "select"},
+    "learned": {"updater": "learned", "estimator": "gumbel", **GROUPS},
+}
+# Such a prior is the initial mask, whatever is drawn.
+STILL["learned"]["updater_arguments"] = {"rate": 0.0, "prior": 100.0}
+
+
+@pytest.mark.parametrize("name", sorted(STILL))
+def test_a_first_step_at_rate_zero_moves_masks_and_no_weight(name):
+    config = plan(**STEADY | STILL[name])
+    (before, start), (after, state) = run(config, 1, optax.sgd(0.0))
+    old, new = masks(start), masks(state)
+    grows = UPDATERS[config.updater] in GROWING
+    for path, mask in new.items():
+        assert mask.sum() <= old[path].sum()
+        assert (mask == old[path]).all() != grows
+        stays = mask & old[path] if config.estimator == "masked" else True
+        np.testing.assert_array_equal(after[path], np.where(stays, before[path], 0))
+        assert mask.sum() == old[path].sum() or config.updater == "srigl"
+
+
+def test_runs_may_be_mapped_over():
+    config = plan(updater="rigl", schedule="constant", begin=0, end=4)
+    tx = sparse(optax.adamw(1e-2), config)
+
+    def three(p):
+        state = tx.init(p)
+        for index in range(3):
+            used = lambda p, s=state: effective(p, s, config)  # noqa: E731
+            value = lambda p, i=index, used=used: loss(used(p), batch(i))  # noqa: E731
+            updates, state = tx.update(jax.grad(value)(p), state, p)
+            p = optax.apply_updates(p, updates)
+        return p, {path: m[...] for path, m in state.masks.items()}
+
+    some = [params(), jax.tree.map(lambda x: jnp.flip(x, 0), params())]
+    both = jax.jit(jax.vmap(three))(jax.tree.map(lambda *x: jnp.stack(x), *some))
+    for index, p in enumerate(some):
+        weights, live = jax.jit(three)(p)
+        for path, mask in live.items():
+            np.testing.assert_array_equal(both[1][path][index], mask)
+            np.testing.assert_allclose(both[0][path][index], weights[path], rtol=1e-5)
 
 
 def test_nothing_is_rewound_between_changes_of_masks():
