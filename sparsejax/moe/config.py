@@ -14,7 +14,15 @@ from sparsejax.moe.dispatch import DISPATCHERS, has_buffers, has_groups
 from sparsejax.moe.exchange import EXCHANGES, takes
 from sparsejax.moe.experts import ACTIVATIONS, HIDDEN
 from sparsejax.moe.grouped import IMPLEMENTATIONS
-from sparsejax.moe.routers import CONTEXT, LEAKS, ROUTERS, Routing, accepts, settings
+from sparsejax.moe.routers import (
+    CONTEXT,
+    LEAKS,
+    MOST,
+    ROUTERS,
+    Routing,
+    accepts,
+    settings,
+)
 from sparsejax.moe.sources import SOURCES
 from sparsejax.moe.tables import read_table
 from sparsejax.typing import Array, Float
@@ -244,6 +252,17 @@ class MoEConfig:
     def slots(self) -> int:
         """How many experts a token may visit: some routers leave the number open."""
         return self._routed().experts.shape[1]
+
+    def most_visits(self, *, tokens: int, batch: int) -> int | None:
+        """Give what no expert gets more visits than; None if only the tokens limit it.
+
+        Args:
+            tokens: of the whole batch.
+            batch: sequences that they are of.
+        """
+        if self.router not in MOST:
+            return None
+        return MOST[self.router](tokens, batch, self.experts, self.per_token)
 
     def _routed(self) -> Routing:
         """Give the shapes of one token's routing."""

@@ -59,18 +59,23 @@ def by_group(
     *,
     activation: Hidden,
     implementation: str | None = None,
+    most: int | None = None,
 ) -> Float[Array, "n d"]:
     """Sort the slots by expert and multiply group by group; nothing is dropped.
 
     Args:
         implementation: of the products, a name of ``grouped.IMPLEMENTATIONS``.
+        most: visits that no expert gets more of; None: as many as there are tokens.
+            Where tokens have many slots, and few are used, that is fewer rows.
 
     Source: Gale et al. 2022, arXiv:2211.15841, Sec. 4. Departure: groups are not padded
     to blocks.
     """
     count = experts.up.shape[0]
     order = sort(chosen, count)
-    rows = take(x, order.slots % x.shape[0], order.places.reshape(chosen.T.shape))
+    bound = chosen.size if most is None else min(chosen.size, count * most)
+    slots = order.slots[:bound]  # those in use come first
+    rows = take(x, slots % x.shape[0], order.places.reshape(chosen.T.shape))
     y = grouped(
         rows,
         experts,
@@ -78,7 +83,7 @@ def by_group(
         activation=activation,
         implementation=implementation,
     )
-    y = take(y, order.places, order.slots[None])
+    y = take(y, order.places, slots[None])
     return combine(y, weights, chosen == count)
 
 
@@ -117,6 +122,7 @@ def dispatch_of(
     activation: str,
     capacity: int | None,
     implementation: str | None = None,
+    most: int | None = None,
 ) -> Dispatcher:
     """Look up a dispatcher and fix its settings.
 
@@ -145,6 +151,7 @@ def dispatch_of(
             " products; leave it none"
         )
     given = {"capacity": capacity, "implementation": implementation}
+    given |= {"most": most} if has_groups(name) else {}
     settings = {name: value for name, value in given.items() if value is not None}
     return partial(DISPATCHERS[name], activation=HIDDEN[activation], **settings)
 

@@ -35,6 +35,7 @@ class _Plan(NamedTuple):
 
     how: Exchange
     capacity: int | None  # rows of an expert's buffer, for dispatchers that have one
+    most: int | None  # visits that no expert gets more of, where that is known
 
 
 def mixed(
@@ -53,16 +54,19 @@ def mixed(
         priority = config.capacity_priority
         weights = limited(routing, total, priority=priority).weights
 
+    most = config.most_visits(tokens=weights.shape[0], batch=x.shape[0])
+
     def local(x: Array, chosen: Array, weights: Array, experts: GatedExperts):
         rows, chosen, weights = (
             a.reshape(-1, a.shape[-1]) for a in (x, chosen, weights)
         )
-        plan = _plan(config, tokens=rows.shape[0], devices=devices, total=total)
+        plan = _plan(config, rows.shape[0], devices=devices, total=total, most=most)
         dispatch = dispatch_of(
             config.dispatcher,
             activation=config.activation,
             capacity=plan.capacity,
             implementation=config.implementation,
+            most=plan.most,
         )
         experts = with_one_bias(experts, plan.how.tensor_axis)
         y, causes = exchange(dispatch, rows, chosen, weights, experts, how=plan.how)
@@ -123,7 +127,9 @@ def buffer_rows(config: MoEConfig, *, tokens: int, devices: int) -> int | None:
     return rows_of(slots=slots, targets=devices, factor=config.exchange_factor)
 
 
-def _plan(config: MoEConfig, *, tokens: int, devices: int, total: int | None) -> _Plan:
+def _plan(
+    config: MoEConfig, tokens: int, *, devices: int, total: int | None, most: int | None
+) -> _Plan:
     """Turn factors into rows, for a device with so many tokens."""
     arriving = tokens * devices
     own = _capacity(config, arriving) if total is None else None
@@ -137,4 +143,6 @@ def _plan(config: MoEConfig, *, tokens: int, devices: int, total: int | None) ->
     )
     # What does not fit in a buffer of so many rows has been dropped before.
     limit = own if total is None else min(total, arriving)
-    return _Plan(how, limit if has_buffers(config.dispatcher) else None)
+    limits = [x for x in (limit, most) if x is not None]
+    rows = limit if has_buffers(config.dispatcher) else None
+    return _Plan(how, rows, min(limits, default=None))

@@ -18,8 +18,7 @@ from tests.moe.routed import choices, context, padded
 BATCH, LENGTH, EXPERTS, WIDTH, HIDDEN, K = 8, 4, 8, 8, 6, 2
 TOKENS = BATCH * LENGTH
 ONE = (1, 1, 1, 1, 1)
-# A token may visit any number of experts: such a routing needs programs of its own, and
-# is held to the oracle on one device alone.
+# A token may visit any number of experts: such a routing needs programs of its own.
 WIDE = {"block_ffn", "expert_choice", "expert_choice_by_position", "remoe"}
 NARROW = sorted(ROUTERS.keys() - WIDE)
 MESHES = {n: (8 // n, 1, n, 1, 1) for n in (1, 2, 4, 8)}
@@ -85,7 +84,7 @@ def assert_close(a, b, tolerance=2e-5):
 
 @functools.cache
 def routed(router):
-    """A narrow router's choice for the same logits, as two slots a token."""
+    """A router's choice for the same logits, as two slots a token at least."""
     _, logits, _ = problem()
     number = jnp.arange(TOKENS, dtype=jnp.int32)
     given = context(

@@ -14,11 +14,13 @@ from sparsejax.moe import (
     Routing,
     apply_experts,
     capacity_of,
+    dispatch,
     limited,
     order,
 )
-from sparsejax.moe.routers import top_k
-from tests.moe.routed import EXPERTS, TOKENS, compiled, padded, route
+from sparsejax.moe import experts as experts_module
+from sparsejax.moe.routers import MOST, top_k
+from tests.moe.routed import BATCH, EXPERTS, TOKENS, choices, compiled, padded, route
 
 WIDTH, HIDDEN = 8, 10
 FAST = [name for name in sorted(DISPATCHERS) if name != "dense"]
@@ -250,6 +252,23 @@ def test_sorting_pairs_equals_sorting_packed_keys(monkeypatch):
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_gradient_of_moving_rows_is_a_gather_too():
+    x, chosen = problem()[0], routed("top_k_softmax").experts
+    sorted_ = order.sort(chosen, EXPERTS)
+    source, uses = sorted_.slots % TOKENS, sorted_.places.reshape(chosen.T.shape)
+
+    def total(x, take):
+        return (take(x) * jnp.arange(chosen.size, dtype=x.dtype)[:, None]).sum()
+
+    ours = jax.grad(
+        functools.partial(total, take=lambda x: order.take(x, source, uses))
+    )
+    theirs = jax.grad(functools.partial(total, take=lambda x: x[source]))
+    np.testing.assert_allclose(ours(x), theirs(x))
+    assert "scatter" not in str(jax.make_jaxpr(ours)(x))
+    assert "scatter" in str(jax.make_jaxpr(theirs)(x))
+
+
 def crowded():
     """Everyone wants expert 0 first; second choices go round."""
     second = 1 + jnp.arange(TOKENS) % (EXPERTS - 1)
@@ -260,7 +279,7 @@ def crowded():
 
 @pytest.mark.few(2)
 @pytest.mark.parametrize("capacity", [1, 7, TOKENS])
-def test_buffers_drop_what_limited_drops(capacity):
+def test_by_capacity_drops_what_limited_drops(capacity):
     x, _, experts = problem()
 
     def total(routing_of, name, weights, **settings):
@@ -272,6 +291,38 @@ def test_buffers_drop_what_limited_drops(capacity):
     a = value_and_grad(lambda r: r, "capacity", weights, capacity=capacity)
     b = value_and_grad(lambda r: limit(r, capacity), "dense", weights)
     assert_close(a, b, 1e-4)
+
+
+def test_by_group_drops_nothing_however_crowded_an_expert_is():
+    x, _, experts = problem()
+    routing = crowded()
+    found = apply("grouped", x, routing, experts)
+    np.testing.assert_allclose(found, looped(x, routing, experts), rtol=1e-4, atol=1e-5)
+    assert (jnp.abs(found).sum(axis=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_few_visits_of_many_slots_are_few_rows(name, monkeypatch):
+    x, weight, experts = problem()
+    routing, seen = route(name, x @ weight), []
+    most = MOST[name](TOKENS, BATCH, EXPERTS, choices(name))
+
+    def products(rows, *rest, **settings):
+        seen.append(len(rows))
+        return experts_module.grouped(rows, *rest, **settings)
+
+    monkeypatch.setattr(dispatch, "grouped", products)
+    chosen = jnp.where(routing.weights != 0, routing.experts, EXPERTS)
+    run = functools.partial(dispatch.by_group, activation=experts_module.HIDDEN["silu"])
+
+    def total(x, weights, experts, **limit):
+        return jnp.square(run(x, chosen, weights, experts, **limit)).sum()
+
+    step = jax.jit(jax.value_and_grad(total, (0, 1, 2)), static_argnames="most")
+    given = x, routing.weights, experts
+    assert_close(step(*given), step(*given, most=most), 1e-4)
+    assert seen == [TOKENS * EXPERTS, most * EXPERTS]
+    assert most * EXPERTS < TOKENS * EXPERTS / 2
 
 
 def test_a_dropped_token_gets_nothing():

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 import pytest
 
 from sparsejax.config import FieldError
-from sparsejax.moe import EXCHANGES, MoEConfig
+from sparsejax.moe import DISPATCHERS, EXCHANGES, MoEConfig
 from sparsejax.moe.exchange import Exchange
+from sparsejax.moe.routers import MOST
 from tests.moe.exchange_programs import (
     BATCH,
     EXPERTS,
@@ -13,6 +14,7 @@ from tests.moe.exchange_programs import (
     MESHES,
     NARROW,
     TOKENS,
+    WIDE,
     assert_close,
     oracle,
     problem,
@@ -41,14 +43,19 @@ def hard_cases():
     }
 
 
-@pytest.mark.few(2)
+@pytest.mark.few(4)
+@pytest.mark.parametrize("dispatcher", sorted(DISPATCHERS))
+@pytest.mark.parametrize("routers", ["narrow", "wide"])
 @pytest.mark.parametrize(("exchange", "devices"), WAYS)
-def test_every_narrow_router_equals_the_dense_oracle_on_any_number_of_devices(
-    exchange, devices
+def test_every_router_equals_the_dense_oracle_on_any_number_of_devices(
+    exchange, devices, routers, dispatcher
 ):
     x, _, experts = problem()
-    for router in NARROW:
-        found = program(exchange, MESHES[devices])(x, routed(router), experts)
+    limit = {"capacity_factor": 100.0} if dispatcher == "capacity" else {}
+    for router in NARROW if routers == "narrow" else sorted(WIDE):
+        bound = {"router": router} if router in MOST else {}
+        run = program(exchange, MESHES[devices], dispatcher, **limit, **bound)
+        found = run(x, routed(router), experts)
         assert_close(found, oracle(x, routed(router), experts))
 
 
@@ -87,19 +94,6 @@ def test_other_mesh_axes_change_nothing(exchange):
     routing = routed("top_k_softmax")
     found = program(exchange, ALSO)(x, routing, experts)
     assert_close(found, oracle(x, routing, experts))
-
-
-@pytest.mark.few(2)
-@pytest.mark.parametrize("dispatcher", ["capacity", "grouped"])
-@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
-def test_any_dispatcher_may_wait_at_the_other_end(exchange, dispatcher):
-    """The grid above runs the dense one, which compiles in no time."""
-    x, _, experts = problem()
-    limit = {"capacity_factor": 100.0} if dispatcher == "capacity" else {}
-    run = program(exchange, MESHES[4], dispatcher, **limit)
-    for router in NARROW:
-        found = run(x, routed(router), experts)
-        assert_close(found, oracle(x, routed(router), experts))
 
 
 @pytest.mark.parametrize(

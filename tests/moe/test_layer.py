@@ -10,7 +10,14 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from sparsejax.config import ConfigError, FieldError, convert
-from sparsejax.moe import DISPATCHERS, MoE, MoEConfig, RouterBias, updated_bias
+from sparsejax.moe import (
+    DISPATCHERS,
+    EXCHANGES,
+    MoE,
+    MoEConfig,
+    RouterBias,
+    updated_bias,
+)
 from sparsejax.partition import MESH_AXES
 from sparsejax.tree import axes_of
 from tests.slowly import slowly
@@ -106,6 +113,56 @@ def test_any_mesh_equals_one_device(shape, dispatcher):
     alone = everything(dispatcher)
     with jax.set_mesh(mesh_of(MESHES[shape])):
         assert_close(everything.__wrapped__(dispatcher), alone)
+
+
+def test_a_moe_layer_is_the_weighted_sum_of_the_experts_that_are_likeliest():
+    moe = layer(dispatcher="grouped")
+    x, found = tokens(batch=2), run(moe, tokens(batch=2)).value
+    rows = np.float64(x).reshape(-1, WIDTH)
+    router, gate, up, down = (
+        np.float64(w[...]) for w in (moe.router, moe.gate, moe.up, moe.down)
+    )
+    for row, answer in zip(rows, np.asarray(found).reshape(rows.shape), strict=True):
+        p = np.exp(row @ router)
+        best = np.argsort(-p)[:2]
+        inner = [row @ gate[e] for e in best]
+        each = [
+            (g / (1 + np.exp(-g)) * (row @ up[e])) @ down[e]
+            for g, e in zip(inner, best, strict=True)
+        ]
+        expected = (p[best, None] * each).sum(axis=0) / p[best].sum()
+        np.testing.assert_allclose(answer, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("exchange", sorted(EXCHANGES))
+def test_a_layer_is_one_shard_map_which_checks_what_varies(exchange):
+    moe = layer(dispatcher="grouped", exchange=exchange, capacity_factor=1.0)
+    graph, state = nnx.split(moe)
+    with jax.set_mesh(mesh_of(MESHES["data 2, expert 2, tensor 2"])):
+        text = str(jax.make_jaxpr(lambda s, x: nnx.merge(graph, s)(x))(state, tokens()))
+    assert text.count("shard_map[") == 1
+    assert "check_vma=True" in text
+
+
+def test_the_log_normaliser_is_reported_whatever_its_loss_weighs():
+    moe = layer(z_weight=0.0)
+    logits = np.float64(tokens()).reshape(-1, WIDTH) @ np.float64(moe.router[...])
+    expected = (np.log(np.exp(logits).sum(axis=1)) ** 2).mean()
+    found = run(moe)
+    assert "z" not in found.losses
+    np.testing.assert_allclose(found.metrics["router_z"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("router", "factor"), [("expert_choice", None), ("remoe", 0.5), ("remoe", None)]
+)
+def test_what_bounds_the_visits_of_an_expert_changes_no_answer(router, factor):
+    given = {"router": router, "capacity_factor": factor}
+    step, state = step_of(layer(**given, dispatcher="dense"))
+    valid = jnp.ones((8, 4), bool).at[3, 2:].set(False)
+    expected = step(state, tokens(), valid)
+    step, _ = step_of(layer(**given, dispatcher="grouped"))
+    assert_close(step(state, tokens(), valid), expected)
 
 
 # Routers that leave the number of visits open, and those that look at all tokens.

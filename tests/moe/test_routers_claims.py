@@ -9,9 +9,17 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from sparsejax.moe import STATES, expert_load
-from sparsejax.moe.routers import Routing, assignment, relu, top_k
+from sparsejax.moe.routers import MOST, Routing, assignment, relu, top_k
 from sparsejax.moe.sources import moved_means, moved_penalty
-from tests.moe.routed import BATCH, EXPERTS, TOKENS, compiled, logits_of
+from tests.moe.routed import (
+    BATCH,
+    EXPERTS,
+    TOKENS,
+    choices,
+    compiled,
+    logits_of,
+    route,
+)
 from tests.moe.routed import dense as _dense
 
 KEY = jax.random.key(0)
@@ -165,13 +173,22 @@ def test_expert_choice_gives_every_expert_as_many_tokens():
     np.testing.assert_array_equal(load, TOKENS / BATCH)  # one row of each position
 
 
+@pytest.mark.parametrize("name", MOST)
+def test_no_expert_gets_more_visits_than_its_router_promises(name):
+    routing = route(name, logits_of(0))
+    load = np.asarray(expert_load(routing))
+    assert (load == MOST[name](TOKENS, BATCH, EXPERTS, choices(name))).all()
+    few = route(name, logits_of(0), valid=jnp.arange(TOKENS) % 3 > 0)
+    assert (np.asarray(expert_load(few)) <= load).all()
+
+
 def test_expert_choice_of_all_is_a_dense_mixture():
     for router in (expert_choice, expert_choice_by_position):
         routing = router(skewed(), k=EXPERTS)
         np.testing.assert_array_equal(dense(routing), jax.nn.softmax(skewed()))
 
 
-def test_expert_choice_reads_later_tokens_and_by_position_does_not():
+def test_expert_choice_by_position_reads_no_later_token_as_the_plain_one_does():
     length = TOKENS // BATCH
     last = jnp.arange(TOKENS) % length == length - 1
     changed = jnp.where(last[:, None], 9.0, skewed())

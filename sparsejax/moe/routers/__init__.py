@@ -1,5 +1,7 @@
 """Routers by name: each is its equation, all have the signature of ``routing``."""
 
+from collections.abc import Callable
+
 from sparsejax.moe.routers.assignment import (
     base,
     expert_choice,
@@ -33,7 +35,16 @@ from sparsejax.moe.routers.top_k import (
     top_k_softmax,
 )
 
-__all__ = ["CONTEXT", "LEAKS", "ROUTERS", "Router", "Routing", "accepts", "settings"]
+__all__ = [
+    "CONTEXT",
+    "LEAKS",
+    "MOST",
+    "ROUTERS",
+    "Router",
+    "Routing",
+    "accepts",
+    "settings",
+]
 
 ROUTERS: dict[str, Router] = {
     "base": base,
@@ -62,3 +73,12 @@ ROUTERS: dict[str, Router] = {
 # Routers whose choice depends on later tokens even when nothing is trained, and what a
 # causal model may use instead.
 LEAKS = {"expert_choice": "expert_choice_by_position"}
+
+# The most visits an expert gets of tokens in sequences, where a router sees to that:
+# many slots are then moved as few rows.
+MOST: dict[str, Callable[[int, int, int, int], int]] = {
+    "expert_choice": lambda tokens, _, experts, k: -(-tokens * k // experts),
+    "expert_choice_by_position": (
+        lambda tokens, batch, experts, k: tokens // batch * -(-batch * k // experts)
+    ),
+}
