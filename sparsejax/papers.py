@@ -335,7 +335,7 @@ def _ranked(names: set[str], tests: list[Test], module: str) -> list[Test]:
 
     First what reproduces a paper, then the family's folder, there the module's file.
     """
-    spellings = [f"_{_snake(n)}_" for n in names]
+    spellings = [f"_{s}_" for n in names for s in (_snake(n), n.lower())]
     spelled = [t for t in tests if any(s in f"{_title(t)}_" for s in spellings)]
     ranks = [
         [t for t in spelled if names & t.indirect],

@@ -174,13 +174,21 @@ def test_a_function_that_no_test_of_its_family_names_is_missing(checkout, path, 
     assert checkout(path, text)["switch"].status == "missing"
 
 
-def test_a_test_with_the_name_in_its_title_comes_first(checkout):
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("switch", "test_switch_takes_the_best"),
+        ("SwitchLayer", "test_a_switch_layer_works"),
+        ("SwitchLayer", "test_a_switchlayer_works"),  # as MoE is no mo_e
+    ],
+)
+def test_a_test_with_the_name_in_its_title_comes_first(name, title, checkout):
     text = (
-        f"{IMPORT}def test_all(): assert switch(1)\n"
-        "def test_switch_takes_the_best(): assert switch(2)\n"
+        f"from sparsejax.moe.routers import {name}\n"
+        f"def test_all(): assert {name}(1)\ndef {title}(): assert {name}(2)\n"
     )
-    entry = checkout("tests/moe/test_routers.py", text)["switch"]
-    assert entry.test.endswith("::test_switch_takes_the_best")
+    entry = checkout("tests/moe/test_routers.py", text)[name]
+    assert entry.test.endswith(f"::{title}")
 
 
 def test_a_private_function_is_tested_through_its_public_users(checkout):

@@ -23,7 +23,7 @@ from sparsejax.moe.routers import Routing
 from sparsejax.moe.sources import SOURCES, STATES
 from sparsejax.typing import Array, Bool, Float, Int, Output, PRNGKeyArray
 
-__all__ = ["MoE"]
+__all__ = ["MoE", "asks_again"]
 
 
 class _Asked(NamedTuple):
@@ -119,12 +119,7 @@ class MoE(nnx.Module):
     def _visits(
         self, x: Float[Array, "b t d"], context: dict[str, Any]
     ) -> list[_Visit]:
-        """Ask experts, add their answers to the question, and ask again.
-
-        Source: Ternovtsii & Bilak 2026, arXiv:2604.14419, abstract. Departure: what the
-        abstract leaves open is ours: experts read the sum too, and a token halts when
-        an answer is short beside it.
-        """
+        """Ask experts, add their answers to the question, and ask again."""
         found: list[_Visit] = []
         going, key = context["valid"], context["key"]
         if going is None and self.config.hops > 1:
@@ -132,7 +127,7 @@ class MoE(nnx.Module):
         for hop in range(self.config.hops):
             if found:
                 answer = found[-1].mixed.values
-                going = going & _moved(x, answer, self.config.halt_below)  # pyright: ignore
+                going = going & asks_again(x, answer, self.config.halt_below)  # pyright: ignore
                 x = x + answer
                 key = None if key is None else jax.random.fold_in(key, hop)
             asking = {"valid": going, "key": key}
@@ -203,10 +198,17 @@ def _biases(config: MoEConfig, width: int) -> list[tuple[str, str, int]]:
     return [("gate_bias", "e f", config.hidden), *found] if config.gated else found
 
 
-def _moved(
+def asks_again(
     x: Float[Array, "b t d"], answer: Float[Array, "b t d"], halt_below: float
 ) -> Bool[Array, " n"]:
-    """Say which tokens got an answer that is not short beside the question."""
+    """Say which tokens hop on: their answer is not short beside the question.
+
+    Args:
+        halt_below: the share of the question's norm that is short; 0 never halts.
+
+    Source: Ternovtsii & Bilak 2026, arXiv:2604.14419, abstract. Departure: what the
+    abstract leaves open is ours: experts read question and answer, added, too.
+    """
     asked, got = (
         jnp.linalg.norm(a.astype(jnp.float32), axis=-1).reshape(-1) for a in (x, answer)
     )

@@ -107,6 +107,11 @@ def test_fine_grained_experts_that_all_answer_are_the_expert_they_were_cut_from(
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_squared_relu_is_the_square_of_what_is_positive():
+    hidden = squared_relu(jnp.asarray([[-3.0, 0, 0.5, 2]]))
+    np.testing.assert_array_equal(hidden, [[0, 0, 0.25, 4]])
+
+
 def test_clamped_swiglu_lets_nothing_exceed_seven():
     wide = jnp.asarray([-100.0, 0, 100])
     np.testing.assert_allclose(clamped_swiglu(wide, wide), [0, 0, 8 * 7], atol=1e-3)

@@ -144,7 +144,7 @@ def test_more_experts_than_there_are_are_refused(name, k):
 
 
 @given(seed=st.integers(0, 1000), k=st.sampled_from([1, 3, EXPERTS]))
-def test_softmax_then_renormalise_is_softmax_of_the_kept(seed, k):
+def test_top_k_softmax_is_softmax_top_k_renormalised(seed, k):
     a, b = (route(logits_of(seed), k=k) for route in (softmax_top_k, top_k_softmax))
     np.testing.assert_array_equal(a.experts, b.experts)
     np.testing.assert_allclose(a.weights, b.weights, rtol=1e-5)
@@ -186,7 +186,7 @@ def test_keeping_every_group_is_no_limit():
     np.testing.assert_array_equal(a.experts, b.experts)
 
 
-def test_a_group_is_as_good_as_its_two_best():
+def test_sigmoid_top_k_judges_a_group_by_its_two_best():
     logits = jnp.asarray([[3.0, -9, -9, -9, 2, 2, -9, -9]])
     routing = sigmoid_top_k(logits, k=2, groups=2, kept_groups=1)
     np.testing.assert_array_equal(np.sort(routing.experts), [[4, 5]])
@@ -261,7 +261,7 @@ def test_sources_and_settings_are_read_from_the_signature():
     assert found == {"importance_weight": 0.1, "load_weight": 0.1}
 
 
-def test_load_is_the_probability_of_a_visit_if_the_noise_were_drawn_again():
+def test_noisy_top_k_loads_are_chances_of_a_visit_were_the_noise_drawn_again():
     """By drawing, for one expert at a time, its noise and nobody else's."""
     logits, raw, key = logits_of(0)[:3], logits_of(1)[:3], jax.random.key(5)
     scale = np.asarray(jax.nn.softplus(raw)) + 1e-2
@@ -303,15 +303,15 @@ def test_settings_that_would_never_end_are_refused(name, wrong):
         ROUTERS[name](logits_of(0), k=1, key=jax.random.key(0), **wrong)
 
 
-def test_noisy_losses_reach_logits_and_noise_and_vanish_when_balanced():
+def test_noisy_top_k_losses_reach_logits_and_noise_and_vanish_when_even():
     def load(logits, raw):
         routing = noisy_top_k(logits, k=2, noise=raw, key=jax.random.key(0))
         return routing.losses["load"]
 
     for gradient in jax.grad(load, (0, 1))(logits_of(0), logits_of(1)):
         assert jnp.abs(gradient).max() > 0
-    balanced = noisy_top_k(3 * jnp.eye(EXPERTS), k=1).losses
-    assert max(float(x) for x in balanced.values()) < 1e-6
+    even = noisy_top_k(3 * jnp.eye(EXPERTS), k=1).losses
+    assert max(float(x) for x in even.values()) < 1e-6
     crowded = noisy_top_k(jnp.zeros((4, EXPERTS)), k=1, importance_weight=1.0)
     np.testing.assert_allclose(crowded.losses["importance"], EXPERTS - 1, rtol=1e-5)
 
@@ -360,6 +360,12 @@ BIAS = np.linspace(-0.5, 0.5, EXPERTS)
 MODELS = {
     "Mixtral": (softmax_top_k, {}, _mixtral),
     "Qwen3-MoE": (softmax_top_k, {"renormalize": True}, _mixtral),
+    "Qwen3-MoE, norm_topk_prob=False": (
+        softmax_top_k,
+        {"renormalize": False},
+        _olmoe,
+    ),
+    "OLMoE, norm_topk_prob=True": (softmax_top_k, {"renormalize": True}, _mixtral),
     "OLMoE": (softmax_top_k, {"renormalize": False}, _olmoe),
     "gpt-oss": (top_k_softmax, {}, _gpt_oss),
     "DeepSeek-V2": (

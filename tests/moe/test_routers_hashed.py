@@ -1,11 +1,10 @@
-"""Hashes: what decides, what does not, and tables that balance or cluster."""
+"""Hashes: what decides, and what does not."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsejax.moe import TABLES
 from sparsejax.moe.routers.hashed import (
     hash_bigram,
     hash_position,
@@ -14,7 +13,6 @@ from sparsejax.moe.routers.hashed import (
     hash_table,
     multi_hash,
 )
-from sparsejax.moe.tables import balanced, clustered, dispersed, random, read_table
 
 EXPERTS = 8
 
@@ -88,47 +86,10 @@ def test_a_hash_without_its_ids_is_refused(router, missing):
         router(blank(2), k=1)
 
 
-def test_a_balanced_table_is_balanced():
-    counts = 1_000_000 // np.arange(1, 2001)  # as words are
-    load = np.bincount(balanced(counts, EXPERTS), weights=counts)
-    assert load.max() <= load.mean() + counts.max()
-    rest = counts[20:]
-    load = np.bincount(balanced(rest, EXPERTS), weights=rest)
-    assert load.max() / load.mean() < 1.001
-    drawn = np.bincount(random(len(rest), EXPERTS), weights=rest)
-    assert drawn.max() / drawn.mean() > 1.01
-
-
-def test_clusters_share_an_expert_and_dispersed_ones_share_all():
-    """Eight far clusters of forty ids each."""
-    generator = np.random.default_rng(0)
-    centers = 100 * np.eye(EXPERTS)
-    of = np.repeat(np.arange(EXPERTS), 40)
-    points = centers[of] + generator.normal(size=(320, EXPERTS))
-    table = clustered(points, EXPERTS, seed=1)
-    assert all(len(set(table[of == c])) == 1 for c in range(EXPERTS))
-    spread = dispersed(points, EXPERTS, seed=1)
-    for cluster in set(table):
-        counts = np.bincount(spread[table == cluster], minlength=EXPERTS)
-        assert counts.max() - counts.min() <= 1
-
-
-def test_a_table_is_looked_up():
+def test_hash_table_looks_the_expert_up():
     table = jnp.asarray([3, 1, 7], jnp.int32)
     ids = jnp.asarray([2, 0, 0, 1], jnp.int32)
     routing = hash_table(blank(4), tokens=ids, table=table)
     np.testing.assert_array_equal(routing.experts[:, 0], [7, 3, 3, 1])
     np.testing.assert_array_equal(routing.weights, jnp.ones((4, 1)))
     np.testing.assert_array_equal(jax.nn.one_hot(routing.experts[:, 0], 8), routing[2])
-
-
-def test_a_file_that_is_no_table_is_refused(tmp_path):
-    path = str(tmp_path / "table.npy")
-    with pytest.raises(ValueError, match="no such file; write it with"):
-        read_table(path, 4)
-    for wrong in (np.zeros((2, 2), int), np.array([0.5]), np.array([0, 4])):
-        np.save(path, wrong)
-        with pytest.raises(ValueError, match="list of integers from 0 to 3"):
-            read_table(path, 4)
-    np.save(path, TABLES["random"](10, 4))
-    assert len(read_table(path, 4)) == 10

@@ -8,6 +8,7 @@ from flax import nnx
 
 from sparsejax.config import ConfigError, FieldError, convert
 from sparsejax.moe import ROUTERS, STATES, TABLES, MoE, MoEConfig, RouterState
+from sparsejax.moe.layer import asks_again
 from sparsejax.nn import ModelConfig
 from sparsejax.tree import axes_of
 from tests.moe.routed import BATCH, EXPERTS, IDS, TOKENS, choices, ids_of
@@ -137,6 +138,13 @@ def test_one_hop_more_adds_the_answer_to_the_question():
     out = run(moe)
     np.testing.assert_allclose(out.value, expected, rtol=1e-4, atol=1e-5)
     assert float(out.metrics["load"].sum()) == 2 * 2 * TOKENS
+
+
+def test_a_token_asks_again_unless_its_answer_is_short_beside_it():
+    x = jnp.ones((1, 4, 9))
+    answer = x * jnp.asarray([0.0, 0.1, 0.3, -2.0])[None, :, None]
+    assert asks_again(x, answer, 0.2).tolist() == [False, False, True, True]
+    assert asks_again(x, answer, 0.0).all()
 
 
 def test_tokens_halt_after_an_answer_that_is_short_beside_them():
