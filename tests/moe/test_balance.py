@@ -100,12 +100,17 @@ def test_metrics_of_an_even_load():
     assert all(abs(values[name]) < 1e-6 for name in zero)
     assert all(abs(values[name] - 1) < 1e-5 for name in one)
     np.testing.assert_allclose(values["router_confidence"], 1 / EXPERTS)
+    sure = round_robin(1)._replace(probs=jnp.eye(EXPERTS)[jnp.arange(TOKENS) % 2])
+    assert metrics(sure)["router_confidence"] == 1
+    half = np.log(2) / np.log(EXPERTS)  # of two experts, one each
+    np.testing.assert_allclose(metrics(sure)["router_entropy"], half, rtol=1e-5)
 
 
 def test_metrics_of_a_crowded_load():
     routing = round_robin(1)._replace(experts=jnp.zeros((TOKENS, 1), jnp.int32))
     values = metrics(routing)
     assert values["load_violation"] == EXPERTS - 1
+    np.testing.assert_allclose(values["load_deviation"], np.sqrt(EXPERTS - 1))
     assert values["dead_experts"] == (EXPERTS - 1) / EXPERTS
     assert values["load_entropy"] == values["load_minimum"] == 0
 
