@@ -58,7 +58,7 @@ STUDY: Mapping[str, tuple[str, ...]] = {
     "base": (*ONE, *OWN),
     "block_ffn": OWN,
     "cosine_top_k": (),
-    "cosine_top_k:halting": (*HOPS, *_ffn("halt_below=0.1")),
+    "cosine_top_k:halting": (*HOPS, *_ffn("halt_below=2.0")),
     "cosine_top_k:hops": HOPS,
     "expert_choice_by_position": OWN,
     "hash_bigram": ONE,
