@@ -1,6 +1,7 @@
 """grouped_matmul: every implementation against one masked product per group."""
 
 import itertools
+import re
 
 import hypothesis.strategies as st
 import jax
@@ -86,6 +87,15 @@ def test_a_poisoned_group_does_not_touch_its_neighbours(key):
     sizes = jnp.asarray(SIZES, jnp.int32)
     y, dx, dw = FAST(x.at[:290].set(jnp.nan), w, dy, sizes)
     assert all(jnp.isfinite(a).all() for a in (y[290:], dx, dw[1:]))
+
+
+def test_gradients_are_products_of_what_is_there_and_of_no_transposed_copy(key):
+    sizes = jnp.asarray(SIZES, jnp.int32)
+    compiled = FAST.lower(*operands(key), sizes).compile().as_text()
+    assert not re.findall(r"= f32\[\d.*? (?:copy|transpose)\(", compiled)
+    x, w, _ = operands(key)
+    turned = jax.jit(lambda x, w: (w.transpose(0, 2, 1) * 2, x.T + 1))
+    assert "transpose(" in turned.lower(x, w).compile().as_text()
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7])
