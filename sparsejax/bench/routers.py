@@ -51,7 +51,8 @@ def _ffn(*settings: str) -> tuple[str, ...]:
 ONE = _ffn("per_token=1", f"experts={WIDE}", "hidden=384")
 OWN = _ffn("balance_weight=0.0")
 BIASED = (*OWN, *_ffn("bias_rate=0.001"))
-HOPS = _ffn("per_token=1", "hops=2")
+# Not one expert a hop: a single weight is 1, whatever the router says.
+HOPS = _ffn("experts=16", "per_token=2", "hidden=96", "hops=2")
 GROUPS = _ffn("router_arguments.groups=4", "router_arguments.kept_groups=2")
 GPT_OSS = _ffn("router_bias=true", "biases=true", "activation=clamped_swiglu")
 STUDY: Mapping[str, tuple[str, ...]] = {
@@ -78,7 +79,9 @@ STUDY: Mapping[str, tuple[str, ...]] = {
     "softmax_top_k": (),
     "softmax_top_k:fine": _ffn("experts=16", "per_token=4", "hidden=96"),
     "softmax_top_k:frozen": (*OWN, "--config.optim.rates.router=0.0"),
-    "softmax_top_k:shared": _ffn("experts=7", "per_token=1", "shared=192"),
+    "softmax_top_k:shared": _ffn(
+        "experts=14", "per_token=2", "hidden=96", "shared=192"
+    ),
     "softmax_top_k:squared_relu": _ffn(
         "gated=false", "activation=squared_relu", "hidden=288"
     ),
