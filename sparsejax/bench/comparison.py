@@ -5,6 +5,7 @@ fingerprint of their config, are not run again.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -79,34 +80,23 @@ def table(rows: list[dict[str, str]]) -> str:
 
 
 def frontier(axes: Axes, rows: list[dict[str, str]]) -> Axes:
-    """Draw held-out loss against useful FLOPs; bars span the seeds, dots are means.
+    """Draw held-out loss against useful FLOPs; bars span the seeds, marks are means.
 
-    The dotted line is the dense model's mean. A name stands above its bar, or below it
-    where a higher bar is beside it.
+    The dotted line is the dense model's mean.
     """
     groups = defaultdict(list)
     for row in rows:
         flops = float(row["useful_flops_per_token"]) / 1e6
         groups[row["config"], flops].append(float(row["bits_per_byte"]))
-    means = {key: statistics.mean(bits) for key, bits in groups.items()}
-    places = [flops for _, flops in groups]
-    beside = 0.1 * (max(places) - min(places))
-    for (name, flops), bits in groups.items():
-        mean = means[name, flops]
+    for ((name, flops), bits), mark in zip(
+        groups.items(), itertools.cycle("os^DvP<X>"), strict=False
+    ):
+        mean = statistics.mean(bits)
         error = [[mean - min(bits)], [max(bits) - mean]]
-        axes.errorbar([flops], [mean], error, fmt="o", capsize=4)
-        higher = (m > mean and abs(x - flops) < beside for (_, x), m in means.items())
-        below = any(higher)
-        axes.annotate(
-            name,
-            (flops, min(bits) if below else max(bits)),
-            xytext=(0, -5 if below else 5),
-            textcoords="offset points",
-            ha="center",
-            va="top" if below else "bottom",
-        )
+        axes.errorbar([flops], [mean], error, fmt=mark, capsize=4, label=name)
         if name == CONFIGS[0]:
             axes.axhline(mean, color="#333333", linewidth=0.8, linestyle=":")
+    axes.legend(ncols=2, loc="upper left")
     axes.margins(x=0.15, y=0.15)
     axes.set_xlabel("useful FLOPs of a training step, a token (millions)")
     axes.set_ylabel("held-out bits per byte")
