@@ -309,16 +309,18 @@ def _idle(before: PyTree, after: PyTree) -> PyTree:
 
     Moments and their counts stay: it is steps of the run that a schedule counts.
     """
+    injected = optax.InjectStatefulHyperparamsState
 
     def is_schedule(x: Any) -> bool:
-        return isinstance(x, optax.ScaleByScheduleState)
+        return isinstance(x, optax.ScaleByScheduleState | injected)
 
-    return jax.tree.map(
-        lambda old, new: new if is_schedule(old) else old,
-        before,
-        after,
-        is_leaf=is_schedule,
-    )
+    def kept(old: PyTree, new: PyTree) -> PyTree:
+        if isinstance(old, injected):
+            inner = _idle(old.inner_state, new.inner_state)
+            return new._replace(inner_state=inner)
+        return new if is_schedule(old) else old
+
+    return jax.tree.map(kept, before, after, is_leaf=is_schedule)
 
 
 def _evidence(
