@@ -11,7 +11,7 @@ mesh, in any tree with the same paths; shapes and dtypes are never adapted.
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from sparsejax import tree
 from sparsejax.config import ConfigError
 from sparsejax.train.checksum import checksums
+from sparsejax.train.distributed import barrier
 from sparsejax.train.manifest import (
     ManifestError,
     check_same,
@@ -162,13 +163,20 @@ class Checkpoints:
         if blocking:
             self.wait()
 
-    def restore(self, abstract: PyTree, *, step: int | None = None) -> Restored | None:
+    def restore(
+        self,
+        abstract: PyTree,
+        *,
+        step: int | None = None,
+        only: Set[str] | None = None,
+    ) -> Restored | None:
         """Give back the newest checkpoint that is whole; None if there is none at all.
 
         Args:
             abstract: a tree like the saved state, of ``jax.ShapeDtypeStruct`` with the
                 shardings that are wanted (the first device where there is none).
             step: this checkpoint and no other.
+            only: paths of the arrays to read, if not all; the others stay abstract.
 
         Raises:
             ConfigError: if the checkpoint is of another model: its arrays have other
@@ -179,7 +187,7 @@ class Checkpoints:
         steps = self.steps() if step is None else [step]
         reasons = []
         for candidate in reversed(steps):
-            restored, reason = self._checked(candidate, abstract)
+            restored, reason = self._checked(candidate, abstract, only)
             if restored is not None:
                 self._whole.add(candidate)
                 return restored
@@ -247,7 +255,7 @@ class Checkpoints:
                     if half or path.name in map(str, ahead):
                         path.rmtree()
         self._damaged -= ahead
-        _meet(f"make way for {step}")
+        barrier(f"make way for {step}")
 
     def _prune(self) -> None:
         steps = self.steps()
@@ -281,25 +289,29 @@ class Checkpoints:
             raise _DamagedError(f"the manifest is that of step {body['step']}")
         return body
 
-    def _checked(self, step: int, abstract: PyTree) -> tuple[Restored | None, str]:
+    def _checked(self, step: int, *about: Any) -> tuple[Restored | None, str]:
         """Restore one checkpoint, or say what is wrong; all processes say the same."""
         restored, reason = None, ""
         try:
-            restored = self._read(step, abstract)
+            restored = self._read(step, *about)
         except _DamagedError as error:
             reason = str(error)
         if not _all(restored is not None):
             return None, reason or "another process could not read it"
         return restored, ""
 
-    def _read(self, step: int, abstract: PyTree) -> Restored:
+    def _read(self, step: int, abstract: PyTree, only: Set[str] | None) -> Restored:
         body = self._manifest(step)
-        wanted = _arrays(abstract)
-        check_same(self._path(step), body["arrays"], describe(wanted))
+        known = _arrays(abstract)
+        check_same(self._path(step), body["arrays"], describe(known))
+        wanted = {p: x for p, x in known.items() if only is None or p in only}
         targets = {path: _target(x) for path, x in wanted.items() if x.size}
         items = ocp.args.Composite(arrays=ocp.args.StandardRestore(targets))
         try:
-            filled = self._orbax.restore(self._path(step), args=items)["arrays"]
+            if len(wanted) < len(known):
+                filled = _part(self._path(step) / "arrays", targets)
+            else:
+                filled = self._orbax.restore(self._path(step), args=items)["arrays"]
         except Exception as error:
             if "RESOURCE_EXHAUSTED" in str(error) or isinstance(error, MemoryError):
                 raise
@@ -312,7 +324,8 @@ class Checkpoints:
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise _DamagedError(f"the numbers of {wrong[0]}{more} were changed")
-        state = jax.tree.unflatten(jax.tree.structure(abstract), list(arrays.values()))
+        values = list((known | arrays).values())
+        state = jax.tree.unflatten(jax.tree.structure(abstract), values)
         return Restored(step, state, body["data"], body["config"])
 
 
@@ -339,6 +352,14 @@ def _items(arrays: dict[str, Any], document: dict[str, Any]) -> ocp.args.Composi
         arrays=ocp.args.StandardSave(filled),
         manifest=ocp.args.JsonSave(sealed(body)),
     )
+
+
+def _part(folder: epath.Path, targets: dict[str, Any]) -> dict[str, Any]:
+    """Read some of the arrays of a checkpoint."""
+    how = ocp.checkpoint_utils.construct_restore_args(targets)
+    some = ocp.args.PyTreeRestore(targets, restore_args=how, partial_restore=True)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(folder, args=some)
 
 
 def _target(x: Any) -> jax.ShapeDtypeStruct:
@@ -376,8 +397,3 @@ def _all(holds: bool) -> bool:
         return holds
     # Of NumPy: under a mesh an array of JAX would belong to all processes at once.
     return bool(multihost_utils.process_allgather(np.array(holds)).all())
-
-
-def _meet(name: str) -> None:
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

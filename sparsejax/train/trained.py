@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
+from sparsejax import tree
 from sparsejax.config import ConfigError, convert, fingerprint, to_dict
 from sparsejax.data import DataConfig
 from sparsejax.nn.transformer import Transformer
@@ -16,7 +18,7 @@ from sparsejax.sharding.mesh import check_divisible
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import FREE, Config
 from sparsejax.train.loop import Trainer
-from sparsejax.train.step import State
+from sparsejax.train.step import State, Step
 from sparsejax.train.workdir import open_workdir
 from sparsejax.typing import PyTree
 
@@ -83,6 +85,8 @@ def load(
 ) -> tuple[Transformer, Any]:
     """Restore the newest whole checkpoint of a run: its model and its tokenizer.
 
+    Only what the model is made of is read and checked: no moments of an optimiser.
+
     Args:
         workdir: of the run.
         mesh: over which the parameters are cut as in training; the first device alone
@@ -98,11 +102,21 @@ def load(
         trainer.data.train.close()
         check_divisible(trainer.abstract.params, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=1, read_only=True)
-        found = checkpoints.restore(_cut(trainer.abstract, mesh))
+        state = _cut(trainer.abstract, mesh)
+        found = checkpoints.restore(state, only=_needed(trainer.step, state))
         checkpoints.close()
         if found is None:
             raise ConfigError(f"--workdir={workdir}: no checkpoint yet; train first")
         return trainer.step.model(found.state), trainer.data.tokenizer
+
+
+def _needed(step: Step, state: PyTree) -> set[str]:
+    """Give the paths of what of a state its model is computed from."""
+    made = jax.make_jaxpr(lambda state: nnx.state(step.model(state)))(state).jaxpr
+    read = {id(x) for x in made.outvars}
+    read |= {id(x) for equation in made.eqns for x in equation.invars}
+    given = zip(tree.leaves(state), made.invars, strict=True)
+    return {path for path, variable in given if id(variable) in read}
 
 
 def _cut(abstract: PyTree, mesh: jax.sharding.Mesh) -> PyTree:

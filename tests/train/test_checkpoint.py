@@ -10,9 +10,11 @@ from tests.train.run_state import (
     Mask,
     abstract,
     assert_equal,
+    bits,
     build,
     mesh_of,
     save,
+    state_at,
 )
 
 
@@ -47,6 +49,20 @@ def test_a_state_comes_back_without_shardings(checkpoints):
     save(checkpoints, 5)
     restored = checkpoints.restore(jax.eval_shape(lambda: build(0)))
     assert_equal(restored.state, build(5))
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_part_of_a_state_comes_back(checkpoints, devices):
+    save(checkpoints, 3)
+    given, saved = abstract(mesh_of(devices)), state_at(3, mesh_of(devices))
+    only = {"params/w", "empty", "opt/0/mu/w"}
+    state = checkpoints.restore(given, only=only).state
+    for path, x in tree.leaves(state).items():
+        if path in only:
+            assert bits(x) == bits(tree.leaves(saved)[path])
+            assert x.sharding == tree.leaves(given)[path].sharding
+        else:
+            assert isinstance(x, jax.ShapeDtypeStruct)
 
 
 def test_variables_keep_their_metadata(checkpoints):

@@ -1,18 +1,22 @@
 import json
 import os
+import re
 import signal
 
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from numpy.testing import assert_array_equal
 
 from sparsejax import sample
 from sparsejax.config import ConfigError, fingerprint
-from sparsejax.sharding.mesh import MeshConfig
-from sparsejax.train import loop
+from sparsejax.sharding.mesh import MeshConfig, make_mesh
+from sparsejax.train import checkpoint, loop
 from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.loop import NonFiniteError, Trainer, _Loop, batch_share, train
 from sparsejax.train.metrics import MetricsLog, read_metrics
+from sparsejax.train.trained import load
 from tests.train import toy
 
 TIMES = ("seconds",)
@@ -34,7 +38,13 @@ def config(corpus, tmp_path_factory):
     data = {"files": [str(corpus / "*.txt")], "cache_dir": str(cache)}
     short = {"steps": 8, "eval_batches": 2, "sample_tokens": 4}
     plan = {"density": 0.5, "begin": 2, "end": 6, "every": 2}
-    return toy.toy(data=data, train=short, masked=plan, mesh={"data": 8})
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}  # which cut a table's rows and columns
+    changes = {
+        "masked": plan,
+        "mesh": mesh,
+        "optim": {"tables": "adam", "weight_decay": 0.1},
+    }
+    return toy.toy(data=data, train=short, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +77,13 @@ def figures(workdir):
         {k: v for k, v in row.items() if k not in TIMES}
         for row in read_metrics(workdir)
     ]
+
+
+def bits(workdir):
+    """Checksums of all arrays that a run has ended with, by path."""
+    path = workdir / "checkpoints" / "8" / "manifest" / "metadata"
+    text = path.read_text()
+    return json.loads(text)["body"]["checksums"]
 
 
 def uninterrupted(config, workdir):
@@ -103,6 +120,28 @@ def test_a_finished_run_can_be_sampled_from(config, straight, capsys):
     assert capsys.readouterr().out.startswith("Document 7")
 
 
+def test_a_model_is_loaded_without_what_only_training_needs(
+    config, straight, monkeypatch
+):
+    uninterrupted(config, straight)
+    read = []
+    sums = checkpoint.checksums
+    monkeypatch.setattr(checkpoint, "checksums", lambda x: read.extend(x) or sums(x))
+    model, _ = load(straight)
+    for part in ("params/", "rest/masks/", "tables/scale/"):
+        assert [path for path in read if part in path], part
+    assert not [path for path in read if re.search("moments|/mu/|/nu/|fault", path)]
+    whole = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(whole):
+        trainer = Trainer(toy.with_section(config, mesh={}), whole)
+        trainer.data.train.close()
+        checkpoints = Checkpoints(straight / "checkpoints", keep=1, read_only=True)
+        state = checkpoints.restore(trainer.abstract).state
+        checkpoints.close()
+        expected = trainer.step.model(state)
+    jax.tree.map(assert_array_equal, nnx.state(model), nnx.state(expected))
+
+
 class KilledError(Exception):
     """Stands for a process that is no more."""
 
@@ -125,6 +164,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(
             train(config, tmp_path)
     train(config, tmp_path)
     assert figures(tmp_path) == uninterrupted(config, straight)
+    assert bits(tmp_path) == bits(straight)
+    assert any("tables/moments" in path for path in bits(straight))
 
 
 def test_a_finished_run_is_only_summed_up_again(config, straight):
@@ -212,7 +253,8 @@ def test_a_checkpoint_is_ranked_by_an_evaluation_of_its_own(
 def test_a_checkpoint_of_one_mesh_loads_on_another(config, straight, corpus):
     uninterrupted(config, straight)
     states = []
-    for mesh in ({"data": 8}, {"data": 2, "expert": 2, "tensor": 2}):
+    meshes = {"data": 2, "fsdp": 2, "tensor": 2}, {"expert": 2, "fsdp": 4}, {"data": 8}
+    for mesh in meshes:
         other = toy.with_section(config, mesh=mesh)
         grid = toy.make_mesh(other.mesh)
         with jax.set_mesh(grid):
@@ -221,8 +263,9 @@ def test_a_checkpoint_of_one_mesh_loads_on_another(config, straight, corpus):
             states.append(checkpoints.restore(trainer.abstract).state)
             checkpoints.close()
             trainer.data.train.close()
-    for one, two in zip(*map(jax.tree.leaves, states), strict=True):
-        assert (jax.device_get(one) == jax.device_get(two)).all()
+    for one, *others in zip(*map(jax.tree.leaves, states), strict=True):
+        for other in others:
+            assert (jax.device_get(one) == jax.device_get(other)).all()
 
 
 def test_a_number_that_is_not_finite_stops_the_run_which_can_go_on_from_before(
