@@ -9,7 +9,8 @@ r"""Conversions of trained runs: a checkpoint in, a checkpoint or a file out.
         --out=FILE
 
 ``upcycle`` begins a run of routed experts with the weights of a dense one; going on
-with it is training with the same config but for ``model.ffn``, in the new workdir.
+with it is training with the same config but for ``model.ffn``, in the new workdir. Both
+models are cut over the run's own mesh, if there are devices enough.
 ``finetune`` begins a run of another config, on other text say, with the weights of a
 trained one. With ``optim.table_rows`` it counts which rows of its memories the old text
 reads, and freezes all else unless ``optim.rates`` are given: what a step then moves are
@@ -25,8 +26,9 @@ import dataclasses
 import io
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,13 +49,15 @@ from sparsejax.moe import TABLES, MoEConfig
 from sparsejax.nn.config import GatedConfig
 from sparsejax.nn.transformer import Transformer
 from sparsejax.nn.upcycle import upcycled
+from sparsejax.sharding import shardings
+from sparsejax.sharding.mesh import check_divisible
 from sparsejax.train.checkpoint import CheckpointError
 from sparsejax.train.config import Config
 from sparsejax.train.loop import Trainer
 from sparsejax.train.optim import OptimConfig
 from sparsejax.train.step import State
 from sparsejax.train.tables import Tables, TableState
-from sparsejax.train.trained import config_of, load, write_start
+from sparsejax.train.trained import begun, config_of, load, mesh_of, write_start
 from sparsejax.train.workdir import check_place, write_atomically
 from sparsejax.typing import Array
 
@@ -83,7 +87,9 @@ def upcycle(
     Raises:
         ConfigError: if the run is not dense, or there is one in ``out``.
     """
-    model, _ = load(workdir)
+    before = config_of(workdir)
+    mesh = mesh_of(before.mesh)
+    model, _ = load(workdir, mesh=mesh)
     dense = model.config.ffn
     if not isinstance(dense, GatedConfig):
         raise ConfigError(f"--workdir={workdir}: ffn.kind={dense.kind!r}, not 'gated'")
@@ -94,15 +100,28 @@ def upcycle(
         activation=dense.activation,
         router_arguments={} if renormalize else {"renormalize": False},
     )
-    before = config_of(workdir)
     config = dataclasses.replace(
         before, model=dataclasses.replace(before.model, ffn=ffn), masked=None
     )
     key = jax.random.key(config.seed)
-    sparse = upcycled(model, config.model, key=key, drop=drop)
-    _, params, variables = nnx.split(sparse, nnx.Param, ...)
-    write_start(out, config, lambda trainer: trainer.step.begin(params, variables))
+
+    def made(model: Transformer) -> Any:
+        sparse = upcycled(model, config.model, key=key, drop=drop)
+        return nnx.split(sparse, nnx.Param, ...)[1:]
+
+    parts = _over(mesh, made, model)
+    write_start(out, config, lambda x: begun(x, mesh, *parts), mesh=mesh)
     return config
+
+
+def _over(
+    mesh: jax.sharding.Mesh, made: Callable[[Transformer], Any], model: Transformer
+) -> Any:
+    """Make parameters and variables of a model, cut over a mesh as they are made."""
+    with jax.set_mesh(mesh):
+        abstract = jax.eval_shape(made, model)
+        check_divisible(abstract[0], mesh)
+        return jax.jit(made, out_shardings=shardings(abstract, mesh))(model)
 
 
 def finetune(

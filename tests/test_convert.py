@@ -13,9 +13,10 @@ from sparsejax.config import to_dict
 from sparsejax.moe import GatedExperts
 from sparsejax.sample import load
 from sparsejax.sharding import MeshConfig, make_mesh
+from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.loop import train
 from sparsejax.tree import leaves
-from tests.train.toy import LEAST, toy
+from tests.train.toy import LEAST, toy, with_section
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,35 @@ def test_an_upcycled_run_begins_as_the_trained_model(dense_run, tmp_path):
     model = dataclasses.replace(config.model, ffn=sparse.config.ffn)
     assert written == to_dict(dataclasses.replace(config, model=model))
     assert written["model"]["ffn"]["experts"] == 4
+
+
+def test_an_upcycled_run_is_cut_over_the_mesh_of_the_run(
+    dense_run, tmp_path, monkeypatch
+):
+    config, workdir = dense_run
+    upcycle(workdir, tmp_path / "alone")
+    save, shares = Checkpoints.save, {}
+
+    def seen(self, step, state, **rest):
+        for path, x in leaves(state).items():
+            most = max(shard.data.size for shard in x.addressable_shards)
+            shares[path] = most / max(x.size, 1)
+        save(self, step, state, **rest)
+
+    other = with_section(config, mesh={"data": 2, "fsdp": 2, "expert": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(convert, "config_of", lambda _: other)
+        patch.setattr(Checkpoints, "save", seen)
+        upcycle(workdir, tmp_path / "cut")
+    experts = [share for path, share in shares.items() if path.endswith("moe/up")]
+    assert len(experts) == 3  # with two moments
+    assert set(experts) == {1 / 4}
+    one, two = (
+        leaves(nnx.state(load(tmp_path / name)[0], nnx.Param))
+        for name in ("alone", "cut")
+    )
+    for path, x in one.items():
+        np.testing.assert_allclose(two[path], x, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.slow  # a second program to compile

@@ -1,7 +1,6 @@
 """A checkpoint as step 0 of a run, to train on, to sample from, to evaluate."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from sparsejax.interop.fields import differences
 from sparsejax.interop.load import Source, load_model
 from sparsejax.interop.pretrained import tokenizer_of
 from sparsejax.nn.transformer import Transformer
-from sparsejax.sharding import MeshConfig, make_mesh, shardings
 from sparsejax.train.config import Config
 from sparsejax.train.loop import Trainer
 from sparsejax.train.step import State
-from sparsejax.train.trained import alone, write_start
+from sparsejax.train.trained import alone, begun, mesh_of, write_start
 
 __all__ = ["begin"]
 
@@ -45,7 +43,7 @@ def begin(source: Source, out: Path, *, config: Path | None = None) -> Config:
     """
     tokenizer = tokenizer_of(source)
     given = convert(Config, read(config)) if config else None
-    mesh = alone() if given is None else _mesh(given.mesh)
+    mesh = alone() if given is None else mesh_of(given.mesh)
     with jax.set_mesh(mesh):
         model = load_model(source, mesh=mesh)
     vocabulary = tokenizer.vocab_size
@@ -56,19 +54,6 @@ def begin(source: Source, out: Path, *, config: Path | None = None) -> Config:
             (draft / name).write_text(text, encoding="utf-8")
         _write(experiment, model, draft, mesh)
     return experiment
-
-
-def _mesh(config: MeshConfig) -> Mesh:
-    """Cut parameters as the config does, without its copies for parts of a batch.
-
-    On fewer devices than that takes, all is on the first.
-    """
-    axes = to_dict(config) | {"data": 1}
-    size = math.prod(axes.values())
-    known = jax.devices()
-    if abs(size) > len(known):
-        return alone()
-    return make_mesh(convert(MeshConfig, axes), None if size < 0 else known[:size])
 
 
 def _usual(model: Transformer, out: Path, vocabulary: int) -> dict[str, Any]:
@@ -115,9 +100,7 @@ def _write(config: Config, model: Transformer, draft: Path, mesh: Mesh) -> None:
     _, *parts = nnx.split(model, nnx.Param, ...)
 
     def start(trainer: Trainer) -> State:
-        cut = {"out_shardings": shardings(trainer.abstract, mesh)}
-        begin = jax.jit(trainer.step.begin, donate_argnums=(0, 1), **cut)
-        return begin(*parts, *trainer.first)
+        return begun(trainer, mesh, *parts)
 
     data = dataclasses.replace(config.data, tokenizer_file=str(draft / JSON))
     write_start(draft, config, start, data=data, mesh=mesh)

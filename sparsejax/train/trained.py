@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,32 @@ from sparsejax.train.step import State, Step
 from sparsejax.train.workdir import open_workdir
 from sparsejax.typing import PyTree
 
-__all__ = ["alone", "config_of", "load", "write_start"]
+__all__ = ["alone", "begun", "config_of", "load", "mesh_of", "write_start"]
 
 
 def alone() -> jax.sharding.Mesh:
     """Make a mesh of one device, whatever the run was trained on."""
     return make_mesh(MeshConfig(), jax.devices()[:1])
+
+
+def mesh_of(config: MeshConfig) -> jax.sharding.Mesh:
+    """Cut parameters as the config does, without its copies for parts of a batch.
+
+    On fewer devices than that takes, all is on the first.
+    """
+    axes = to_dict(config) | {"data": 1}
+    size = math.prod(axes.values())
+    known = jax.devices()
+    if abs(size) > len(known):
+        return alone()
+    return make_mesh(convert(MeshConfig, axes), None if size < 0 else known[:size])
+
+
+def begun(trainer: Trainer, mesh: jax.sharding.Mesh, *parts: PyTree) -> State:
+    """Begin a run with parameters and variables, used up by it, cut over a mesh."""
+    cut = {"out_shardings": shardings(trainer.abstract, mesh)}
+    begin = jax.jit(trainer.step.begin, donate_argnums=(0, 1), **cut)
+    return begin(*parts, *trainer.first)
 
 
 def config_of(workdir: Path) -> Config:
