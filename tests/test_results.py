@@ -5,7 +5,15 @@ import re
 
 import pytest
 
-from sparsejax.bench import claims, comparison, facts, frontier, routers, selectors
+from sparsejax.bench import (
+    claims,
+    comparison,
+    facts,
+    flips,
+    frontier,
+    routers,
+    selectors,
+)
 from sparsejax.bench.table import read_rows
 from tests.sources import ROOT
 
@@ -17,6 +25,7 @@ SUMMARIES = {
     "claims": claims.table,
     "comparison": comparison.table,
     "facts": facts.table,
+    "flips": flips.table,
     "frontier": frontier.losses,
     "frontier_fits": frontier.fits_table,
     "frontier_predicted": frontier.predicted_table,
