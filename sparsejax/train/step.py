@@ -22,6 +22,7 @@ from sparsejax.masked import MaskedConfig
 from sparsejax.masked.plan import targets
 from sparsejax.nn import Transformer, refreshed
 from sparsejax.train.config import Config
+from sparsejax.train.losses import Losses, predicts, token_losses
 from sparsejax.train.optim import make_optimizer, make_schedule
 from sparsejax.train.parts import measured, micro_batches
 from sparsejax.train.routes import Visits, no_visits, unvisited, visits_of
@@ -46,56 +47,10 @@ class State(NamedTuple):
     since: dict[str, Array]  # flips and visits, summed since a line was logged
 
 
-class Losses(NamedTuple):
-    """Sums over the tokens of a batch that have a successor in their document."""
-
-    nll: Float[Array, ""]  # nats
-    z: Float[Array, ""]  # squared log-normalisers
-    tokens: Float[Array, ""]
-    bytes: Float[Array, ""]  # that those tokens stand for
-
-
 def statistics(names: Iterable[str]) -> list[str]:
     """List what ``State.fault`` counts, in the order of its making."""
     losses = sorted(name for name in names if name.startswith("loss/"))
     return ["loss", *losses, "gradient_norm", "update_norm"]
-
-
-def token_losses(
-    model: Transformer,
-    x: Float[Array, "b t d"],
-    targets: Int[Array, "b t"],
-    weights: Float[Array, "b t"],
-    *,
-    token_bytes: Int[np.ndarray, " v"],
-    chunk: int = 0,
-) -> Losses:
-    """Sum the losses; with ``chunk``, logits of that many positions exist at a time."""
-
-    def sums(x: Array, targets: Array, weights: Array) -> Losses:
-        logits = model.logits(x)
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        hit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        size = jnp.asarray(token_bytes)[targets].astype(jnp.float32)
-        # A dot product has many accumulators: each mesh rounds it nearly alike.
-        return Losses(
-            jnp.vdot(norm - hit, weights),
-            jnp.vdot(norm * norm, weights),
-            jnp.sum(weights),
-            jnp.vdot(size, weights),
-        )
-
-    if not chunk:
-        return sums(x, targets, weights)
-
-    def cut(y: Array) -> Array:
-        parts = y.reshape(y.shape[0], -1, chunk, *y.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
-
-    parts = jax.lax.map(
-        lambda part: jax.checkpoint(sums)(*part), (cut(x), cut(targets), cut(weights))
-    )
-    return jax.tree.map(jnp.sum, parts)
 
 
 class Step:
@@ -223,7 +178,7 @@ class Step:
             model,
             hidden.value,
             tokens[:, 1:],
-            _predicts(segments),
+            predicts(segments),
             token_bytes=self.token_bytes,
             chunk=self.config.train.loss_chunk,
         )
@@ -324,7 +279,7 @@ class Step:
         """
         count = self.config.optim.accumulate
         segments = jnp.asarray(batch.segments)
-        total = jnp.sum(_predicts(segments))
+        total = jnp.sum(predicts(segments))
 
         key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
 
@@ -369,12 +324,6 @@ def _plan_without_tables(
     known = list(leaves(rest))
     found = [x for x in plan.exclude if any(re.search(x, path) for path in known)]
     return replace(plan, exclude=tuple(found))
-
-
-def _predicts(segments: Int[Array, "b s"]) -> Float[Array, "b t"]:
-    """1 where a token has a successor in its own document; 0 is padding."""
-    real = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
-    return real.astype(jnp.float32)
 
 
 def _first_fault(
