@@ -18,6 +18,7 @@ BENCHES = (
     "facts",
     "finetuned",
     "flips",
+    "forgetting",
     "frontier",
     "interop",
     "masked",

@@ -98,9 +98,9 @@ def cut(sentence: str) -> Fact:
     return Fact(*found.groups())
 
 
-def facts() -> tuple[list[Fact], list[Fact]]:
+def facts(every: int = EVERY) -> tuple[list[Fact], list[Fact]]:
     """Give the facts that training has shown, and those held out."""
-    corpus = CORPORA[CORPUS](EVERY)
+    corpus = CORPORA[CORPUS](every)
     held, shown, hidden = held_out(corpus), [], []
     for document in corpus.documents():
         side = hidden if group_hash(document.group) in held else shown
