@@ -76,7 +76,7 @@ DENSE = f"{OPTIM}.tables=none"
 ROWS = (f"{OPTIM}.tables=sgd", f"{OPTIM}.clip=none")
 WAYS: Mapping[str, Way] = {
     "all weights": Way((DENSE,), (1e-4, 3e-4, 1e-3)),
-    "low rank, 8": Way((DENSE, f"{OPTIM}.lora.rank=8"), (1e-3, 3e-3, 1e-2)),
+    "low rank, 8": Way((DENSE, f"{OPTIM}.lora.rank=8"), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)),
     "1000 rows": Way((*ROWS, f"{OPTIM}.table_rows=1000"), (1e3, 3e3, 1e4)),
 }
 COLUMNS = {
@@ -85,6 +85,7 @@ COLUMNS = {
     "learned": "new facts recalled, % (95 % interval)",
     "kept": "old facts recalled, %",
     "moved": "weights that moved, %",
+    "runs": "runs",
 }
 
 
@@ -147,7 +148,7 @@ def summary(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in rows:
         groups[row["way"], float(row["rate"])].append(row)
     first = {row["seed"]: row for row in rows}
-    lines = [_line("none", None, list(first.values()), "before")]
+    lines = [_line("nothing", None, list(first.values()), "before")]
     order = list(WAYS)
     for way, rate in sorted(groups, key=lambda x: (order.index(x[0]), x[1])):
         lines.append(_line(way, rate, groups[way, rate], "after"))
@@ -158,9 +159,11 @@ def _line(
     way: str, rate: float | None, rows: Sequence[Mapping[str, Any]], when: str
 ) -> dict[str, Any]:
     line: dict[str, Any] = {"way": way, "rate": "" if rate is None else f"{rate:g}"}
+    line["runs"] = len(rows)
     for key, side in (("learned", "new"), ("kept", "old")):
         mean, half = interval([100 * float(row[f"{side}_{when}"]) for row in rows])
-        line |= {side: (mean, half), key: f"{mean:.1f} ± {half:.1f}"}
+        shown = f"{mean:.1f} ± {half:.1f}" if len(rows) > 1 else f"{mean:.1f}"
+        line |= {side: (mean, half), key: shown}
     share = 0.0
     if rate is not None:
         share = 100 * sum(float(row["moved"]) for row in rows) / len(rows)

@@ -58,7 +58,7 @@ def test_a_study_goes_on_where_it_was_and_draws(tmp_path, monkeypatch, capsys):
     assert len(ran) == len(set(ran)) == 2 * count
     rows = [x for x in capsys.readouterr().out.splitlines() if x.startswith("| ")]
     rows = rows[-count - 1 :]
-    assert rows[0].startswith("| none |  | 0.0 ± 0.0 | 80.0 ± 0.0 | 0.00 |")
+    assert rows[0].startswith("| nothing |  | 0.0 ± 0.0 | 80.0 ± 0.0 | 0.00 | 2 |")
     assert rows[1].startswith(f"| {next(iter(WAYS))} | ")
-    assert rows[1].endswith("| 90.0 ± 0.0 | 55.0 ± 63.5 | 25.00 |")
+    assert rows[1].endswith("| 90.0 ± 0.0 | 55.0 ± 63.5 | 25.00 | 2 |")
     assert (tmp_path / "forgetting.png").stat().st_size > 1000
