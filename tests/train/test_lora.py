@@ -8,7 +8,6 @@ import pytest
 from flax import nnx
 
 from sparsejax.config import ConfigError, convert
-from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.lora import LoraConfig, low_rank
 from sparsejax.train.optim import OptimConfig, make_optimizer
 from sparsejax.tree import leaves
@@ -225,17 +224,5 @@ def test_a_mesh_adapts_as_one_device_does_and_state_that_is_no_parameter_rests()
 
 def test_a_restored_run_goes_on_with_the_same_bits(tmp_path):
     config = toy.toy(**toy.LEAST, optim=LORA)
-    _, state, train, _, mesh = toy.start(config, toy.one_device())
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    with jax.set_mesh(mesh):
-        for index in range(2):
-            state, _ = train(state, toy.batch(index))
-        checkpoints = Checkpoints(tmp_path, keep=1, report=print)
-        checkpoints.save(2, state, data={}, config={})
-        checkpoints.wait()
-        again = checkpoints.restore(abstract).state
-        checkpoints.close()
-        straight, resumed = (train(x, toy.batch(2)) for x in (state, again))
+    straight, resumed = toy.interrupted(config, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)

@@ -13,7 +13,6 @@ from sparsejax.config import ConfigError, FieldError, convert
 from sparsejax.masked import masks_of
 from sparsejax.memory import PEER, PEERConfig
 from sparsejax.memory.rows import Rows
-from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import Config
 from sparsejax.train.optim import OptimConfig
 from sparsejax.train.step import Step
@@ -105,19 +104,7 @@ def everything():
 
 
 def test_a_restored_state_goes_on_with_the_same_bits(everything, tmp_path):
-    _, state, train, _, mesh = toy.start(everything, toy.one_device())
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    with jax.set_mesh(mesh):
-        for index in range(2):
-            state, _ = train(state, toy.batch(index))
-        checkpoints = Checkpoints(tmp_path, keep=1, report=print)
-        checkpoints.save(2, state, data={}, config={})
-        checkpoints.wait()
-        again = checkpoints.restore(abstract).state
-        checkpoints.close()
-        straight, resumed = (train(x, toy.batch(2)) for x in (state, again))
+    straight, resumed = toy.interrupted(everything, tmp_path)
     jax.tree.map(np.testing.assert_array_equal, resumed, straight)
 
 

@@ -10,6 +10,7 @@ from sparsejax.config import convert, fingerprint
 from sparsejax.data import Batch
 from sparsejax.partition import BATCH
 from sparsejax.sharding.mesh import make_mesh, shardings
+from sparsejax.train.checkpoint import Checkpoints
 from sparsejax.train.config import Config
 from sparsejax.train.distributed import Process
 from sparsejax.train.step import Step, compiled
@@ -126,6 +127,23 @@ def losses(config, steps, devices=None):
             state, metrics = train(state, batch(index % 4))
             found.append(float(metrics["loss"]))
     return found, state
+
+
+def interrupted(config, folder):
+    """What a third step gives, of a state and of what its checkpoint restores."""
+    _, state, train, _, mesh = start(config, one_device())
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    with jax.set_mesh(mesh):
+        for index in range(2):
+            state, _ = train(state, batch(index))
+        checkpoints = Checkpoints(folder, keep=1, report=print)
+        checkpoints.save(2, state, data={}, config={})
+        checkpoints.wait()
+        again = checkpoints.restore(abstract).state
+        checkpoints.close()
+        return [train(x, batch(2)) for x in (state, again)]
 
 
 def one_device():
