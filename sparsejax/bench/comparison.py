@@ -11,17 +11,14 @@ import statistics
 import sys
 from collections import defaultdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from sparsejax.bench.runs import completed, fingerprint_of, trained
 from sparsejax.bench.table import markdown, result
 from sparsejax.train.metrics import read_metrics
-from sparsejax.train.plots import style
+from sparsejax.train.plots import write_figure
 
 CONFIGS = (
     *("dense", "block_attention", "moe", "memory", "memory_plus", "peer", "fff"),
@@ -103,14 +100,6 @@ def frontier(axes: Axes, rows: list[dict[str, str]]) -> Axes:
     return axes
 
 
-def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """Write the frontier as a picture."""
-    with style():
-        figure = Figure(figsize=(6, 4))
-        frontier(figure.subplots(), rows)
-        FigureCanvasAgg(figure).print_png(path)
-
-
 def main(argv: list[str]) -> int:
     """Run what is missing, print the table and draw its picture."""
     parser = argparse.ArgumentParser(prog="python -m sparsejax.bench comparison")
@@ -123,6 +112,6 @@ def main(argv: list[str]) -> int:
         for name in flags.configs
     }
     rows = completed("comparison", wanted)
-    draw(rows, result("comparison.png"))
+    write_figure(result("comparison.png"), partial(frontier, rows=rows))
     sys.stdout.write(table(rows) + "\n")
     return 0

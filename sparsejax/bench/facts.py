@@ -26,8 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from scipy import stats
 
 from sparsejax.bench.runs import completed, fingerprint_of, trained
@@ -35,7 +33,7 @@ from sparsejax.bench.table import markdown, result
 from sparsejax.data.corpora import CORPORA, group_hash, held_out
 from sparsejax.nn.transformer import Transformer
 from sparsejax.train.metrics import read_metrics
-from sparsejax.train.plots import style
+from sparsejax.train.plots import write_figure
 from sparsejax.train.trained import load
 from sparsejax.typing import Array, Bool, Int
 
@@ -237,9 +235,6 @@ def main(argv: list[str]) -> int:
             mark = fingerprint_of(config, seed, [*COMMON, *overrides, *more])
             wanted[mark] = partial(run, name, seed, more)
     lines = summary(completed("facts", wanted))
-    with style():
-        figure = Figure(figsize=(6, 4))
-        draw(figure.subplots(), lines)
-        FigureCanvasAgg(figure).print_png(result("facts.png"))
+    write_figure(result("facts.png"), partial(draw, lines=lines))
     sys.stdout.write(markdown(lines, COLUMNS) + "\n")
     return 0

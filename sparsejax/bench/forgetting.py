@@ -26,15 +26,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import nnx
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from sparsejax.bench.facts import Fact, facts, interval, recall
 from sparsejax.bench.runs import completed, fingerprint_of
 from sparsejax.bench.table import ROOT, markdown, result
 from sparsejax.convert import finetune
 from sparsejax.data.corpora import from_files, group_hash, held_out
-from sparsejax.train.plots import style
+from sparsejax.train.plots import write_figure
 from sparsejax.train.trained import load
 from sparsejax.tree import leaves
 
@@ -206,9 +204,6 @@ def main(argv: list[str]) -> int:
                 make = partial(run, base, name, rate, seed)
                 wanted[f"{first}-{second}"] = make
     lines = summary(completed("forgetting", wanted))
-    with style():
-        figure = Figure(figsize=(6, 4))
-        draw(figure.subplots(), lines)
-        FigureCanvasAgg(figure).print_png(result("forgetting.png"))
+    write_figure(result("forgetting.png"), partial(draw, lines=lines))
     sys.stdout.write(markdown(lines, COLUMNS) + "\n")
     return 0

@@ -26,8 +26,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from sparsejax.attention import (
     METHODS,
@@ -48,8 +46,15 @@ from sparsejax.bench.attention import (
     race,
     ratio,
 )
-from sparsejax.bench.table import ROOT, markdown, provenance, read_rows, write_rows
-from sparsejax.train.plots import style
+from sparsejax.bench.table import (
+    ROOT,
+    markdown,
+    provenance,
+    read_rows,
+    result,
+    write_rows,
+)
+from sparsejax.train.plots import write_figure
 from sparsejax.typing import Array
 
 DOCUMENT = ROOT / "docs" / "attention.md"
@@ -235,7 +240,7 @@ def main(argv: list[str]) -> int:
     ]
     for method, length in sorted(asked):
         rows += [row | about for row in rows_of(method, length, **pace)]
-        path = write_rows("selectors", sorted(rows, key=_order))
+        write_rows("selectors", sorted(rows, key=_order))
     rows.sort(key=_order)
     sys.stdout.write(markdown(rows, COLUMNS) + "\n\n" + summary(rows) + "\n")
     if "moba" in flags.methods:
@@ -245,10 +250,7 @@ def main(argv: list[str]) -> int:
         write_rows("choosing", [row | about for row in chosen])
         sys.stdout.write("\n" + markdown(chosen, CHOOSING) + "\n")
     summarise(DOCUMENT, rows)
-    with style():
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        draw(figure.subplots(), rows)
-        FigureCanvasAgg(figure).print_png(path.with_suffix(".png"))
+    write_figure(result("selectors.png"), functools.partial(draw, rows=rows), (7, 4))
     return 0
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "mask_density",
     "memory_usage",
     "style",
+    "write_figure",
     "write_plots",
 ]
 
@@ -210,6 +211,16 @@ def memory_usage(axes: Axes, table: Table, *, name: str = "memory/usage") -> Axe
     axes.set_ylabel("share of slots read in a batch")
     legend_beside(axes, layers.shape[1], None)
     return over_steps(axes)
+
+
+def write_figure(
+    path: Path, draw: Callable[[Axes], object], size: tuple[int, int] = (6, 4)
+) -> None:
+    """Draw one pair of axes in the project's look, and write it; size in inches."""
+    with style():
+        figure = Figure(figsize=size)
+        draw(figure.subplots())
+        FigureCanvasAgg(figure).print_png(path)
 
 
 def write_plots(
