@@ -1,9 +1,10 @@
 """Are grouped products right and fast? ``python -m pallas_kernels.gpu.grouped_check``.
 
 On a Hopper: first values and gradients against float32 products by definition, then
-rates beside a dense product of the same shape, ``jax.lax.ragged_dot`` and PyTorch. The
-table also goes to ``$OUT/grouped_gpu.csv``, or to ``results/``. ``--tiny`` runs small
-cases in the interpreter, anywhere, and times nothing.
+rates beside a dense product of the same shape, ``jax.lax.ragged_dot``, and tokamax and
+PyTorch where they are installed. The table also goes to ``$OUT/grouped_gpu.csv``, or to
+``results/``. ``--tiny`` runs small cases in the interpreter, anywhere, and times
+nothing.
 """
 
 import argparse
@@ -56,6 +57,9 @@ TRIALS = (
     Tiling(panel=64),
     Tiling(rows=64, slots=5, buffers=2),
 )
+
+
+Timed = tuple[str, str, float]  # sizes, product, seconds
 
 
 class Row(NamedTuple):
@@ -166,31 +170,35 @@ def dense() -> dict[str, Callable[..., jax.Array]]:
     }
 
 
-def ragged() -> dict[str, Callable[..., jax.Array]]:
-    """JAX's own operation and its gradients."""
+def ragged(dot: Callable[..., Any]) -> dict[str, Callable[..., jax.Array]]:
+    """An operation like ``jax.lax.ragged_dot``, and its gradients."""
 
     def back(x: Any, w: Any, dy: Any, sizes: Any) -> Any:
-        return jax.vjp(lambda x, w: jax.lax.ragged_dot(x, w, sizes), x, w)[1](dy)
+        return jax.vjp(lambda x, w: dot(x, w, sizes), x, w)[1](dy)
 
     return {
-        "forward": lambda x, w, _, sizes: jax.lax.ragged_dot(x, w, sizes),
+        "forward": lambda x, w, _, sizes: dot(x, w, sizes),
         "dx": lambda *given: back(*given)[0],
         "dw": lambda *given: back(*given)[1],
     }
 
 
-def torch_rates(case: tuple[int, int], kinds: tuple[str, ...]) -> Iterator[tuple]:
-    """Seconds of PyTorch's grouped product, if it is here: (kind, product, seconds)."""
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError:
-        return
-    rows, experts = case
-    shapes = (rows, WIDTH), (experts, WIDTH, HIDDEN), (rows, HIDDEN)
+def tokamax_rates(given: tuple, sizes: dict[str, jax.Array]) -> Iterator[Timed]:
+    """Seconds of tokamax's grouped product."""
+    tokamax: Any = importlib.import_module("tokamax")
+    for name, f in ragged(tokamax.ragged_dot).items():
+        run = jax.jit(f)
+        for kind, count in sizes.items():
+            yield kind, name, seconds(functools.partial(run, *given, count))
+
+
+def torch_rates(given: tuple, sizes: dict[str, jax.Array]) -> Iterator[Timed]:
+    """Seconds of PyTorch's grouped product."""
+    torch: Any = importlib.import_module("torch")
+    shapes = [x.shape for x in given]
     x, w, dy = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
-    for kind in kinds:
-        ends = np.cumsum(np.asarray(group_sizes(rows, experts, kind)), dtype="int32")
-        offs = torch.tensor(ends, device="cuda")
+    for kind, count in sizes.items():
+        offs = torch.tensor(np.cumsum(np.asarray(count), dtype="int32"), device="cuda")
         run = {
             "forward": lambda offs=offs: torch._grouped_mm(x, w, offs=offs),
             "dx": lambda offs=offs: torch._grouped_mm(dy, w.mT, offs=offs),
@@ -208,6 +216,9 @@ def torch_rates(case: tuple[int, int], kinds: tuple[str, ...]) -> Iterator[tuple
             yield kind, name, statistics.median(times[1:])
 
 
+PEERS = {"tokamax": tokamax_rates, "torch": torch_rates}
+
+
 def trials(case: tuple[int, int]) -> dict[tuple[str, Tiling | None], dict]:
     """What to time on a case: by name and tiling, the products."""
     found: dict[tuple[str, Tiling | None], dict] = {("matmul", None): dense()}
@@ -215,7 +226,7 @@ def trials(case: tuple[int, int]) -> dict[tuple[str, Tiling | None], dict]:
     if case == VARIED:
         found |= {("pallas", t): products(t) for t in TRIALS}
     if case == TIMED[0]:
-        found["ragged_dot", None] = ragged()
+        found["ragged_dot", None] = ragged(jax.lax.ragged_dot)
     return found
 
 
@@ -230,27 +241,23 @@ def rates(case: tuple[int, int]) -> Iterator[Row]:
     with ThreadPoolExecutor(8) as pool:
         ready = list(pool.map(lambda x: x.compile(), lowered))
     flops, best = 2 * rows * WIDTH * HIDDEN, {}
-    line = functools.partial(
-        Row, jax.devices()[0].device_kind, jax.__version__, *case, WIDTH, HIDDEN
-    )
-    for (implementation, tiling, name, _), f in zip(plan, ready, strict=True):
-        for kind in kinds[:1] if implementation == "matmul" else kinds:
+    about = jax.devices()[0].device_kind, jax.__version__, *case, WIDTH, HIDDEN
+
+    def line(kind: str, name: str, took: float, who: str, tiling: str = "") -> Row:
+        best.setdefault(name, took)  # the dense product comes first
+        rate, share = round(flops / took / 1e12, 1), round(best[name] / took, 3)
+        took = round(took * 1e3, 4)
+        return Row(*about, kind, name, who, tiling, took, rate, share)
+
+    for (who, tiling, name, _), f in zip(plan, ready, strict=True):
+        for kind in kinds[:1] if who == "matmul" else kinds:
             took = seconds(functools.partial(f, *given, sizes[kind]))
-            best.setdefault(name, took)  # the dense product comes first
-            yield line(
-                kind,
-                name,
-                implementation,
-                _text(tiling),
-                round(took * 1e3, 4),
-                round(flops / took / 1e12, 1),
-                round(best[name] / took, 3),
-            )
-    with contextlib.suppress(RuntimeError, AttributeError):  # not on this device
-        for kind, name, took in torch_rates(case, kinds):
-            rate, share = round(flops / took / 1e12, 1), round(best[name] / took, 3)
-            took = round(took * 1e3, 4)  # noqa: PLW2901
-            yield line(kind, name, "torch", "", took, rate, share)
+            yield line(kind, name, took, who, _text(tiling))
+    for who, measure in PEERS.items():
+        try:
+            yield from (line(*found, who=who) for found in measure(given, sizes))
+        except (ImportError, AttributeError, RuntimeError) as why:
+            print(who, "left out:", why)  # noqa: T201
 
 
 def _text(tiling: Tiling | None) -> str:

@@ -1,7 +1,10 @@
 """The frame of grouped products: no race, budgets that hold, compiled for an H200."""
 
 import importlib
+import itertools
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +70,19 @@ def test_a_slot_given_back_too_early_is_found(key, monkeypatch):
 def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
     grouped_check.main(["--tiny"])
     assert "tail bfloat16" in capsys.readouterr().out
+
+
+def test_a_peer_is_timed_forward_and_backward_on_all_sizes(monkeypatch):
+    peer = types.SimpleNamespace(ragged_dot=jax.lax.ragged_dot)
+    monkeypatch.setitem(sys.modules, "tokamax", peer)
+    sizes = {
+        kind: grouped_check.group_sizes(64, 4, kind) for kind in ("even", "skewed")
+    }
+    given = grouped_check.operands(64, 4, 16, 16, "float32")
+    found = list(grouped_check.PEERS["tokamax"](given, sizes))
+    wanted = itertools.product(grouped_check.PRODUCTS, sizes)
+    assert [(name, kind) for kind, name, _ in found] == list(wanted)
+    assert all(took > 0 for *_, took in found)
 
 
 @pytest.mark.parametrize(
