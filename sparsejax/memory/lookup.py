@@ -20,7 +20,7 @@ from sparsejax.late import late
 from sparsejax.memory.sharded import per_token
 from sparsejax.typing import Array, Float, Int
 
-__all__ = ["IMPLEMENTATIONS", "Hits", "product_key_top_k"]
+__all__ = ["IMPLEMENTATIONS", "Hits", "candidates", "product_key_top_k"]
 
 
 class Hits(NamedTuple):
@@ -50,7 +50,7 @@ def product_key_top_k(
         keys: sub-keys of both halves, for each head its own.
         k: slots per head, at most ``r * r``.
         implementation: of the search among the scores, a name of ``IMPLEMENTATIONS``.
-            "mosaic_tpu" has to be named until it has met a TPU.
+            Kernels have to be named until they have met their hardware.
 
     Raises:
         ValueError: if the widths do not match or ``k`` is out of range, and for an
@@ -65,7 +65,7 @@ def product_key_top_k(
         _scores(half, keys[:, side])
         for side, half in enumerate(jnp.split(queries, 2, axis=-1))
     )
-    halves = (_without_minus_zero(jax.lax.stop_gradient(x)) for x in (rows, columns))
+    halves = (jax.lax.stop_gradient(x) for x in (rows, columns))
     ids = per_token(partial(IMPLEMENTATIONS[implementation], k=k), *halves)
     ids = checkpoint_name(ids, "looked_up")  # few bytes, and a search to compute
     i, j = jnp.divmod(ids, keys.shape[2])
@@ -103,7 +103,7 @@ def _without_minus_zero(scores: Float[Array, "h n r"]) -> Float[Array, "h n r"]:
     return jnp.where(scores == 0, 0, scores)
 
 
-def _candidates(k: int, ranks: int) -> np.ndarray:
+def candidates(k: int, ranks: int) -> np.ndarray:
     """All pairs of ranks that fewer than ``k`` other pairs dominate: ``[2, pairs]``."""
     a, b = np.indices((ranks, ranks))
     return np.stack(np.nonzero((a + 1) * (b + 1) <= k))
@@ -115,9 +115,10 @@ def xla(
     """Sort each half as far as need be, then the pairs that can win."""
     r = rows.shape[-1]
     ranks = min(k, r)
-    a, b = _candidates(k, ranks)
-    rows, i = jax.lax.top_k(rows, ranks)
-    columns, j = jax.lax.top_k(columns, ranks)
+    a, b = candidates(k, ranks)
+    (rows, i), (columns, j) = (
+        jax.lax.top_k(_without_minus_zero(x), ranks) for x in (rows, columns)
+    )
     sums = rows[..., a] + columns[..., b]
     ids = i[..., a] * r + j[..., b]
     return jax.lax.sort((-sums, ids), num_keys=2)[1][..., :k]
@@ -127,4 +128,5 @@ def xla(
 IMPLEMENTATIONS: dict[str, Callable[..., Array]] = {
     "xla": xla,
     "mosaic_tpu": late("sparsejax.memory.lookup_tpu", "mosaic_tpu"),
+    "mosaic_gpu": late("sparsejax.memory.lookup_gpu", "mosaic_gpu"),
 }

@@ -1,43 +1,74 @@
-"""The kernel of the search finds what the plain search does, in its interpreters."""
+"""The kernels of the search find what brute force does, in their interpreters."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import tpu
+from pallas_kernels import gpu, tpu
+from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.memory import product_key_top_k
-from sparsejax.memory.lookup import xla
-from sparsejax.memory.lookup_tpu import mosaic_tpu
+from sparsejax.memory.lookup import IMPLEMENTATIONS, xla
+from tests.memory.test_lookup import brute_force
+from tests.slowly import slowly
 
 HEADS = 2
+SHAPES = [  # tokens, sub-keys of a half, slots of a token
+    (3, 5, 25),
+    (130, 16, 4),
+    (128, 12, 64),
+    (7, 40, 16),
+    (2, 150, 20),
+    (1, 2048, 64),
+]
+INTERPRETERS = {"mosaic_tpu": tpu.interpreted, "mosaic_gpu": gpu.interpreted}
+runs = pytest.mark.parametrize(
+    "name",
+    [
+        "mosaic_tpu",
+        pytest.param(
+            "mosaic_gpu",
+            marks=pytest.mark.skipif(
+                not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
+            ),
+        ),
+    ],
+)
 
 
 def halves(key, tokens, r):
-    """Whole numbers, so that many sums are equal."""
+    """Whole numbers, so that many sums are equal; some zeros are negative."""
     drawn = jax.random.randint(key, (2, HEADS, tokens, r), -9, 10)
-    return drawn.astype("float32")
+    return drawn.astype("float32").at[..., ::2].multiply(-1)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "r", "k"), [(3, 5, 25), (130, 16, 4), (128, 8, 40), (7, 40, 16)]
-)
-def test_the_kernel_finds_the_pairs_of_the_plain_search(key, tokens, r, k):
+def search(name, rows, columns, k, **options):
+    with INTERPRETERS[name](**options):
+        find = jax.jit(partial(IMPLEMENTATIONS[name], k=k))
+        return jax.block_until_ready(find(rows, columns))
+
+
+@runs
+@pytest.mark.parametrize(("tokens", "r", "k"), slowly(SHAPES, but=SHAPES[:-1]))
+def test_kernels_find_the_pairs_of_brute_force(key, name, tokens, r, k):
     rows, columns = halves(key, tokens, r)
-    with tpu.interpreted():
-        found = jax.jit(mosaic_tpu, static_argnames="k")(rows, columns, k=k)
+    found = search(name, rows, columns, k)
+    np.testing.assert_array_equal(found, brute_force(rows, columns, k)[0])
     np.testing.assert_array_equal(found, xla(rows, columns, k=k))
 
 
-def test_the_kernel_reads_nothing_that_was_not_written(key):
+def test_the_kernel_for_tpus_reads_nothing_that_was_not_written(key):
+    # The interpreter of the other always fills memory with NaN, and looks for races.
     rows, columns = halves(key, 5, 12)
-    with tpu.interpreted(simulated=True, uninitialized_memory="nan"):
-        found = jax.jit(mosaic_tpu, static_argnames="k")(rows, columns, k=5)
-        found.block_until_ready()
+    options = {"simulated": True, "uninitialized_memory": "nan"}
+    found = search("mosaic_tpu", rows, columns, 5, **options)
     np.testing.assert_array_equal(found, xla(rows, columns, k=5))
 
 
-def test_a_lookup_by_the_kernel_has_the_same_scores_and_gradients(key):
+@runs
+def test_a_lookup_by_a_kernel_has_the_same_scores_and_gradients(key, name):
     q_key, k_key = jax.random.split(key)
     given = (
         jax.random.normal(q_key, (9, HEADS, 8)),
@@ -51,17 +82,26 @@ def test_a_lookup_by_the_kernel_has_the_same_scores_and_gradients(key):
 
         return jax.jit(jax.value_and_grad(found, (0, 1), has_aux=True))(*given)
 
-    with tpu.interpreted():
-        ours = run("mosaic_tpu")
+    with INTERPRETERS[name]():
+        ours = jax.block_until_ready(run(name))
     jax.tree.map(np.testing.assert_array_equal, ours, run("xla"))
 
 
-def test_what_the_kernel_cannot_do_is_refused(key):
-    rows, columns = halves(key, 3, 5)
-    with pytest.raises(ValueError, match="needs a TPU"):
-        mosaic_tpu(rows, columns, k=2)
-    with pytest.raises(ValueError, match=r"k=129 .*use 'xla'"):
-        mosaic_tpu(rows, columns, k=129)
+@pytest.mark.parametrize(
+    ("name", "k", "words"),
+    [
+        ("mosaic_tpu", 2, "needs a TPU"),
+        ("mosaic_tpu", 129, r"k=129 .*use 'xla'"),
+        ("mosaic_gpu", 2, "on cpu .*needs a Hopper GPU"),
+        ("mosaic_gpu", 65, "k=65: .* up to 64 slots; use 'xla'"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_refused(key, name, k, words):
+    with pytest.raises(ValueError, match=words):
+        IMPLEMENTATIONS[name](*halves(key, 3, 20), k=k)
+
+
+def test_a_search_that_is_none_is_refused():
     queries, keys = jnp.ones((1, 1, 2)), jnp.ones((1, 2, 1, 1))
     with pytest.raises(ValueError, match="did you mean 'xla'"):
         product_key_top_k(queries, keys, k=1, implementation="xlaa")
