@@ -3,11 +3,12 @@
     python -m sparsejax.bench memory
 
 ``lookup`` rows find 16 of the slots for 4 heads of 2048 tokens; time should grow with
-the root of the slots, and the fitted exponent is a row. ``step`` rows take a step of a
-PEER layer, forward, backward and Adam, on 2048 tokens of width 256, each of which runs
-128 experts: once with its tables trained by rows and once with dense gradients. What
-a table's size costs by itself is seen where the experts are given, equally many of any
-table, spread over it: ``step, rows given``.
+the root of the slots, and the fitted exponent is a row. Kernels that can run here are
+compared with the plain search, and timed in turns with it: ``lookup, mosaic_gpu``.
+``step`` rows take a step of a PEER layer, forward, backward and Adam, on 2048 tokens of
+width 256, each of which runs 128 experts: once with its tables trained by rows and once
+with dense gradients. What a table's size costs by itself is seen where the experts are
+given, equally many of any table, spread over it: ``step, rows given``.
 ``growth`` is a time over that of the fewest slots, the two in turns; ``peak`` is what
 XLA sets aside for a step, over the bytes of parameters and moments. ``rate`` is what a
 device must move, over the time: of a lookup its queries, sub-keys and hits; of a step,
@@ -21,6 +22,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,7 @@ from flax import nnx
 from sparsejax.bench.attention import race, ratio
 from sparsejax.bench.table import markdown, provenance, write_rows
 from sparsejax.memory import PEER, PEERConfig, product_key_top_k
+from sparsejax.memory.lookup import IMPLEMENTATIONS
 from sparsejax.memory.peer import single_neurons
 from sparsejax.train.optim import OptimConfig, make_optimizer
 from sparsejax.train.tables import Tables, split
@@ -69,14 +72,14 @@ def copy(pace: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"work": "copy"} | shown(statistics.median(times), 2 * x.nbytes)
 
 
-def lookup(slots: int) -> Runner:
+def lookup(slots: int, search: str) -> Runner:
     """Find the best slots of every token."""
     r, heads, width = math.isqrt(slots), LOOKUP["heads"], LOOKUP["key_width"]
     keys = jax.random.split(jax.random.key(0))
     queries = jax.random.normal(keys[0], (TOKENS, heads, width))
     halves = jax.random.normal(keys[1], (heads, 2, r, width // 2))
-    run = jax.jit(lambda *x: product_key_top_k(*x, k=LOOKUP["k"]))
-    run = run.lower(queries, halves).compile()
+    find = partial(product_key_top_k, k=LOOKUP["k"], implementation=search)
+    run = jax.jit(find).lower(queries, halves).compile()
     return lambda: jax.block_until_ready(run(queries, halves))
 
 
@@ -194,17 +197,51 @@ def by_rows(graph: Any, params: PyTree, optim: OptimConfig) -> tuple[PyTree, Any
 TRAININGS = {"rows": (by_rows, "adam"), "dense": (densely, None)}
 
 
+def searches() -> list[str]:
+    """Name the searches that can run here, the plain one first."""
+    scores = jax.ShapeDtypeStruct((1, 1, 1), jnp.float32)
+
+    def can_run(name: str) -> bool:
+        try:
+            jax.eval_shape(partial(IMPLEMENTATIONS[name], k=1), scores, scores)
+        except ValueError:
+            return False
+        return True
+
+    return [name for name in IMPLEMENTATIONS if can_run(name)]
+
+
+def check(names: list[str], slots: int) -> None:
+    """Raise unless all find the same among whole numbers, many of them equal."""
+    shape = 2, LOOKUP["heads"], TOKENS, math.isqrt(slots)
+    rows, columns = jax.random.randint(jax.random.key(0), shape, -99, 100)
+    halves = rows.astype("float32"), columns.astype("float32")
+    plain, *others = (
+        jax.jit(partial(IMPLEMENTATIONS[name], k=LOOKUP["k"]))(*halves)
+        for name in names
+    )
+    for name, found in zip(names[1:], others, strict=True):
+        if not jnp.array_equal(found, plain):
+            raise SystemExit(f"{name} finds others of {slots} slots than {names[0]}")
+
+
 def lookups(slots: list[int], pace: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Time lookups in turns, and fit a power of the slots."""
-    times = race({str(n): lookup(n) for n in slots}, **pace)
-    medians = [statistics.median(times[str(n)]) for n in slots]
-    for n, seconds in zip(slots, medians, strict=True):
-        growth = ratio(times, str(n), str(slots[0]))
-        moved = 4 * LOOKUP["heads"] * LOOKUP["key_width"] * (TOKENS + math.isqrt(n))
-        moved += 8 * LOOKUP["heads"] * LOOKUP["k"] * TOKENS
-        yield {"work": "lookup", "slots": n, **shown(seconds, moved, growth)}
-    exponent = np.polyfit(np.log(slots), np.log(medians), 1)[0]
-    yield {"work": "lookup, exponent of slots", "slots": "", "ms": f"{exponent:.2f}"}
+    """Time lookups in turns, and fit powers of the slots."""
+    names = searches()
+    for n in slots:
+        check(names, n)
+    made = {f"{name} {n}": lookup(n, name) for name in names for n in slots}
+    times = race(made, **pace)
+    for name in names:
+        work = "lookup" if name == names[0] else f"lookup, {name}"
+        medians = [statistics.median(times[f"{name} {n}"]) for n in slots]
+        for n, seconds in zip(slots, medians, strict=True):
+            growth = ratio(times, f"{name} {n}", f"{name} {slots[0]}")
+            moved = 4 * LOOKUP["heads"] * LOOKUP["key_width"] * (TOKENS + math.isqrt(n))
+            moved += 8 * LOOKUP["heads"] * LOOKUP["k"] * TOKENS
+            yield {"work": work, "slots": n, **shown(seconds, moved, growth)}
+        exponent = np.polyfit(np.log(slots), np.log(medians), 1)[0]
+        yield {"work": f"{work}, exponent of slots", "ms": f"{exponent:.2f}"}
 
 
 def steps(

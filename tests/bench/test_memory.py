@@ -1,9 +1,12 @@
 import csv
 
 import jax.numpy as jnp
+import pytest
 
+from pallas_kernels import gpu
 from sparsejax.bench import memory as bench
 from sparsejax.bench import table
+from sparsejax.compat import HAS_GPU_INTERPRETER
 
 
 def test_the_table_is_written(monkeypatch, tmp_path, capsys):
@@ -33,6 +36,30 @@ def test_the_table_is_written(monkeypatch, tmp_path, capsys):
     assert all(float(row["rate"]) > 0 for row in rows if row["growth"])
     assert float(rows[0]["rate"]) > 0
     assert "| step | 1024 | rows |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
+)
+def test_kernels_that_can_run_here_have_rows_beside_the_plain_search(monkeypatch):
+    monkeypatch.setattr(bench, "TOKENS", 8)
+    with gpu.interpreted():
+        rows = [*bench.lookups([256, 1024], {"rounds": 1, "seconds": 1.0})]
+    plain, kernel = rows[:3], rows[3:]
+    assert [row["work"] for row in plain] == ["lookup"] * 2 + [
+        "lookup, exponent of slots"
+    ]
+    assert [row["work"] for row in kernel] == [
+        row["work"].replace("lookup", "lookup, mosaic_gpu") for row in plain
+    ]
+
+
+def test_a_kernel_that_finds_others_is_not_timed(monkeypatch):
+    monkeypatch.setattr(bench, "TOKENS", 8)
+    wrong = {"wrong": lambda *halves, k: bench.IMPLEMENTATIONS["xla"](*halves, k=k) + 1}
+    monkeypatch.setattr(bench, "IMPLEMENTATIONS", bench.IMPLEMENTATIONS | wrong)
+    with pytest.raises(SystemExit, match="wrong finds others of 256 slots than xla"):
+        [*bench.lookups([256], {"rounds": 1, "seconds": 1.0})]
 
 
 def test_bytes_are_of_rows_that_are_read_and_of_distinct_ones_that_move(monkeypatch):
