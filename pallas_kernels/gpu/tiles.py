@@ -39,8 +39,9 @@ __all__ = [
 ROWS = 64  # of one warpgroup in a wgmma
 MATRIX = plgpu.Layout.WGMMA
 PER_ROW = MATRIX.reduce(1)
-# Before JAX 0.12 a load has an index too.
-_WHOLE = ((),) * ("idx" in inspect.signature(plgpu.load).parameters)
+# Before JAX 0.11 a load must have an index too, after it none.
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_WHOLE = ((),) if _INDEX and _INDEX.default is _INDEX.empty else ()
 
 
 def _audit(*operands: Any) -> None:
