@@ -130,6 +130,17 @@ METHODS = {
         **ONE_OF_EIGHT,
         **FOLLOWING,
     },
+    # 8 of 64, 4 of 32, 2 of 16, 1 of 8
+    "group_decay": {
+        "density": 0.125,
+        "schedule": "constant",
+        "initial_criterion": "magnitude",
+        "structure": "coarse_to_fine",
+        "structure_arguments": {"m": 8},
+        "estimator": "straight_through",
+        **FFN,
+        **FOLLOWING,
+    },
     # two of four that is so for the transpose too; the last sixth is dense
     "two_of_four": {
         "density": 0.5,

@@ -66,6 +66,7 @@ from sparsejax.masked.schedules import (
 )
 from sparsejax.masked.structures import (
     Block,
+    CoarseToFine,
     ConstantFanIn,
     NOfM,
     Structure,
@@ -91,6 +92,7 @@ from sparsejax.masked.updaters import (
 STRUCTURES = {
     "unstructured": Unstructured,
     "n_of_m": NOfM,
+    "coarse_to_fine": CoarseToFine,
     "transposable": Transposable,
     "constant_fan_in": ConstantFanIn,
     "block": Block,
@@ -197,10 +199,21 @@ PARTNERS = {
     soft_threshold: {"structure": ("unstructured", "n_of_m", "constant_fan_in")},
     top_kast: {"updater": ("select",)},
     Butterfly: {"updater": ("static", "select")},
+    # What is dead in one frame may be live in the next, so its weight is stored.
+    CoarseToFine: {
+        "updater": ("select",),
+        "estimator": (
+            "straight_through",
+            "sr_ste",
+            "mask_decay",
+            "exponential_mask_decay",
+        ),
+    },
 }
 # The least and most that an argument of a member may be; None: any finite number.
 RANGES: dict[object, dict[str, tuple[int, int | None]]] = {
     NOfM: {"m": (1, None)},
+    CoarseToFine: {"m": (1, None), "frames": (2, None)},
     Transposable: {"m": (1, 4)},
     Block: {"power": (1, None)},
     Butterfly: {"block": (1, None)},

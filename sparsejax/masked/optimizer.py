@@ -27,6 +27,7 @@ from sparsejax.masked.criteria import Evidence
 from sparsejax.masked.estimators import Now, straight_through
 from sparsejax.masked.evidence import FIELDS, Measured, moments, needs, owners
 from sparsejax.masked.plan import Target, targets
+from sparsejax.masked.structures import Structure
 from sparsejax.masked.updaters import Rule
 from sparsejax.partition import PARAMETERS, constrain
 from sparsejax.typing import Array, Bool, Int, PyTree
@@ -230,7 +231,9 @@ def _initial(
         masked.CRITERIA[plan.initial_criterion],
         masked.UPDATERS["select"],
     )
-    rules = {p: (criterion, updater, budget[p]) for p in found}
+    rules = {
+        p: (t.structure_at(-1), criterion, updater, budget[p]) for p, t in found.items()
+    }
     return {p: _changed(t, rules[p], masks[p], seen[p]) for p, t in found.items()}
 
 
@@ -286,12 +289,10 @@ def _next(
         budget = budgets(plan, active, state.step, old, seen)
         criterion = masked.CRITERIA[plan.criterion]
         update = partial(updater, **plan.updater_arguments)
-        found = {
-            path: _changed(
-                target, (criterion, update, budget[path]), old[path], seen[path]
-            )
-            for path, target in active.items()
-        }
+        found = {}
+        for path, target in active.items():
+            how = (target.structure_at(state.step), criterion, update, budget[path])
+            found[path] = _changed(target, how, old[path], seen[path])
         return taken, found
 
     if changes:
@@ -350,17 +351,17 @@ def _evidence(
 
 def _changed(
     target: Target,
-    how: tuple[Any, Any, Any],
+    how: tuple[Structure, Any, Any, Any],
     mask: Bool[Array, "*shape"],
     seen: Evidence,
 ) -> Bool[Array, "*shape"]:
     """Change the mask of every layer of one parameter."""
-    criterion, updater, budget = how
+    structure, criterion, updater, budget = how
     final = target.count(target.ramp.final)
 
     def one(mask: Array, seen: Evidence, budget: Any) -> Array:
         keep, moved = budget
-        rule = Rule(target.structure, criterion, keep, moved, final, target.path)
+        rule = Rule(structure, criterion, keep, moved, final, target.path)
         return updater(mask, seen, rule)
 
     mask = target.each(one)(mask, seen, budget)

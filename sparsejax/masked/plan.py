@@ -91,6 +91,11 @@ class Target:
         count = jnp.where(density == jnp.float32(self.ramp.initial), first, count)
         return jnp.where(density == jnp.float32(self.ramp.final), last, count)
 
+    def structure_at(self, step: int | Int[Array, ""]) -> Structure:
+        """Give the structure of masks that are chosen at a step; -1 is before all."""
+        structure: Any = self.structure
+        return structure.at(step, self.ramp) if hasattr(structure, "at") else structure
+
     def moved(self, keep: Array, fraction: Array) -> Int[Array, ""]:
         """Count what moves when a fraction of the live weights does, rounded down."""
         quantum = self.structure.quantum(self.shape)

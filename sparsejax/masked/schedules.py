@@ -88,8 +88,8 @@ def halving(step: int | Int[Array, "*steps"], ramp: Ramp) -> Float[Array, "*step
 
     For groups of m, begin with ``initial=(m - 1)/m``.
 
-    Source: Bambhaniya et al. 2024, arXiv:2402.04744, Sec. 4.2. Departure: the size of
-    the groups stays.
+    Source: Bambhaniya et al. 2024, arXiv:2402.04744, Sec. 4.2. Departure: what the
+    masks begin with lasts until ``begin`` and has no frame of its own.
     """
     frames = max(math.ceil(-math.log2(ramp.final)), 1)
     passed = jnp.asarray(step, jnp.float32) - ramp.begin

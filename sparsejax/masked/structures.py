@@ -7,19 +7,23 @@ index (row-major, or along the group), NaN counts as the lowest score.
 
 Those whose unit is the same everywhere give ``units(scores)``, one score a unit, for
 one ranking over several layers. Those that keep equally many in groups of one size give
-``grouped(x)`` and its inverse.
+``grouped(x)`` and its inverse. Those that are not the same in the whole of a schedule
+give ``at(step, ramp)``, what they are at a step; they themselves are what they end as.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 
+from sparsejax.masked.schedules import Ramp
 from sparsejax.typing import Array, Bool, Float, Int
 
 __all__ = [
     "Block",
+    "CoarseToFine",
     "ConstantFanIn",
     "NOfM",
     "Slice",
@@ -138,6 +142,72 @@ class NOfM:
     def ungrouped(self, groups: Array, shape: tuple[int, ...]) -> Array:
         """Undo ``grouped``."""
         return _from_last(groups, self.axis, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoarseToFine(NOfM):
+    """Keep as many of groups that halve in equal frames of time: n of each m at last.
+
+    Of four frames the first keeps 8n of 8m, the others 4n of 4m, 2n of 2m and n of m:
+    masks are free at first where they lie, and their density is the same throughout.
+
+    Source: Bambhaniya et al. 2024, arXiv:2402.04744, Sec. 4.2.
+
+    >>> scores, ramp = jnp.array([1.0, 2.0, 3.0, 4.0]), Ramp(0.5, 0.5, 0, 8)
+    >>> CoarseToFine(m=2, frames=2).at(3, ramp)(scores, 2).tolist()
+    [False, False, True, True]
+    >>> CoarseToFine(m=2, frames=2).at(4, ramp)(scores, 2).tolist()
+    [False, True, False, True]
+    """
+
+    frames: int = 4  # equal parts of the schedule, from its begin to its end
+
+    def quantum(self, shape: tuple[int, ...]) -> int:
+        """Give the number of the last groups, which is one of all others too.
+
+        Raises:
+            ValueError: if the first groups do not divide the axis.
+        """
+        try:
+            self._coarsest.quantum(shape)
+        except ValueError as error:
+            raise ValueError(
+                f"coarse_to_fine(m={self.m}, frames={self.frames}) begins with groups"
+                f" of {self._coarsest.m}: {error}, or take fewer frames"
+            ) from error
+        return super().quantum(shape)
+
+    def at(self, step: int | Int[Array, ""], ramp: Ramp) -> Structure:
+        """Give the structure of masks that are chosen at a step."""
+        passed = jnp.asarray(step, jnp.int32) - ramp.begin
+        frame = passed * self.frames // max(ramp.end - ramp.begin, 1)
+        last = self.frames - 1
+        frame = jnp.where(step >= ramp.end, last, jnp.clip(frame, 0, last))
+        return _Framed(self, frame)
+
+    @property
+    def _coarsest(self) -> NOfM:
+        return NOfM(m=self.m << (self.frames - 1), axis=self.axis)
+
+
+@dataclass(frozen=True)
+class _Framed:
+    """``CoarseToFine`` in one of its frames, which may be traced."""
+
+    whole: CoarseToFine
+    frame: Int[Array, ""]  # counted from 0
+
+    def quantum(self, shape: tuple[int, ...]) -> int:
+        """Give what all frames have in common."""
+        return self.whole.quantum(shape)
+
+    def __call__(
+        self, scores: Float[Array, "*shape"], keep: int | Int[Array, ""]
+    ) -> Bool[Array, "*shape"]:
+        """Mark the best of every group of this frame."""
+        m, axis = self.whole.m, self.whole.axis
+        each = [NOfM(m=m << n, axis=axis) for n in reversed(range(self.whole.frames))]
+        return jax.lax.switch(self.frame, each, scores, keep)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,14 +93,27 @@ UPDATERS = {
     "rigl": plan(updater="rigl", schedule="constant", allocation="erk"),
     "ac_dc": plan(updater="select", schedule="ac_dc"),
 }
+PLANS = UPDATERS | {
+    "coarse_to_fine": plan(
+        structure="coarse_to_fine",
+        structure_arguments={"m": 4, "frames": 2, "axis": "d"},
+        schedule="constant",
+        initial_criterion="magnitude",
+        updater="select",
+        estimator="straight_through",
+        begin=1,
+        end=5,
+        every=1,
+    ),
+}
 # Every optimiser under one updater, and every updater under one optimiser.
 PAIRS = [(tx, "rigl") for tx in TX] + [("adamw", x) for x in UPDATERS if x != "rigl"]
 
 
 @functools.cache
-def history(tx, updater):
+def history(tx, name):
     """Give a run of ten steps, the same for all tests."""
-    return run(TX[tx], UPDATERS[updater], network(jax.random.key(3)), 10)
+    return run(TX[tx], PLANS[name], network(jax.random.key(3)), 10)
 
 
 def run(tx, config, params, steps, state=None, first=0):

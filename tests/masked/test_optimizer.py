@@ -16,6 +16,7 @@ from tests.masked.networks import (
     DOWN,
     EXPERTS,
     PAIRS,
+    PLANS,
     TX,
     UP,
     UPDATERS,
@@ -186,11 +187,12 @@ def test_masks_that_are_still_full_change_nothing_but_rounding(key):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
 
 
-def test_a_resumed_run_is_the_same_run_and_compiles_once():
-    uninterrupted = history("adamw", "set")
+@pytest.mark.parametrize("name", ["set", "coarse_to_fine"])
+def test_a_resumed_run_is_the_same_run_and_compiles_once(name):
+    uninterrupted = history("adamw", name)
     saved = jax.tree.map(np.asarray, uninterrupted[3])  # what a checkpoint holds
     params, state = jax.tree.map(jnp.asarray, saved)
-    _, step, traces = stepper(TX["adamw"], UPDATERS["set"])
+    _, step, traces = stepper(TX["adamw"], PLANS[name])
     for index in range(3, 10):
         params, state = step(params, state, batch(index))
         jax.tree.map(
@@ -393,7 +395,6 @@ def test_seeds_differ_and_one_seed_is_one_run(key):
 
 def test_state_splits_like_any_tree_of_variables(key):
     state = sparse(TX["adamw"], plan()).init(network(key))
-    flat, structure = jax.tree.flatten(state)
-    rebuilt = jax.tree.unflatten(structure, flat)
+    rebuilt = jax.tree.unflatten(*jax.tree.flatten(state)[::-1])
     assert isinstance(rebuilt.masks[UP], nnx.Variable)
     assert rebuilt.masks[UP].axes == "l d f"

@@ -31,11 +31,19 @@ WRONG = [
     ("allocation", "by_path", {}, "densities", 0.5, "of type .*Mapping"),
     ("structure", "n_of_m", {}, "m", 0, "at least 1"),
     ("structure", "n_of_m", {}, "m", "d", "of type int"),
+    ("structure", "coarse_to_fine", {"m": 4}, "frames", 1, "at least 2; .* is 4"),
     ("structure", "transposable", {}, "m", 8, r"in \[1, 4\]"),
     ("structure", "block", {"tile": (2, 2)}, "power", 0, "at least 1"),
     ("structure", "block", {}, "tile", 2, r"of type tuple\[int, ...\]"),
     ("structure", "butterfly", {}, "block", (2, 2), "of type int"),
 ]
+
+FINER = {
+    "structure": "coarse_to_fine",
+    "schedule": "constant",
+    "updater": "select",
+    "estimator": "straight_through",
+}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +101,10 @@ WRONG = [
             {"criterion": "grasp"},
             "criterion='grasp': works only with updater 'static', not 'prune'",
         ),
+        (
+            {"structure": "coarse_to_fine", "structure_arguments": {"m": 2}},
+            "structure='coarse_to_fine': works only with updater 'select', not 'prune'",
+        ),
         ({"allocation": "grasp"}, "allocation='grasp': works only with updater"),
         ({"include": ("(",)}, r"include='\(': must be a regular expression"),
         ({"exclude": ("(",)}, r"exclude='\(': must be a regular expression"),
@@ -117,6 +129,10 @@ def test_a_plan_that_cannot_be_run_names_the_fault(changes, message):
         (
             {"structure": "n_of_m", "structure_arguments": {"m": 5}},
             r"n_of_m\(m=5, axis=0\) needs that axis to be divisible",
+        ),
+        (
+            FINER | {"structure_arguments": {"m": 2}},
+            r"begins with groups of 16: n_of_m\(m=16, .* or take fewer frames",
         ),
         (
             {"structure": "n_of_m", "structure_arguments": {"m": 4, "axis": "h"}},

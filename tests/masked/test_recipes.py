@@ -1,5 +1,6 @@
 """Published methods: each config is a plan that fits, and does what is said of it."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from sparsejax.masked import (
 from sparsejax.masked.kept import clock, rewound
 from sparsejax.train.config import Config
 from sparsejax.train.step import Step
-from tests.masked.networks import plan
+from tests.masked.networks import PLANS, plan
 
 FILE = Path(__file__).parents[2] / "configs" / "masked.py"
 
@@ -172,6 +173,26 @@ def test_rewinding_goes_back_to_early_weights_under_the_next_mask():
     assert live(history[9][1]) == {"a": 82, "b": 82}
     counts = [int(state.inner[0].count) for _, state in history[:10]]
     assert counts == [int(clock(jnp.int32(i), config)) for i in range(10)]
+
+
+def test_structure_decay_trains_all_weights_under_the_groups_of_each_frame():
+    groups = {"m": 2, "frames": 3}
+    changes = {"density": 0.5, "structure_arguments": groups, "begin": 0, "end": 6}
+    config = dataclasses.replace(PLANS["coarse_to_fine"], **changes)
+    sizes = [8, 8, 8, 4, 4, 2, 2, 2]  # of groups, before the first step and after each
+    for (p, state), m in zip(run(config, 7), sizes, strict=True):
+        used = effective(p, state, config)
+        slopes = jax.grad(lambda p, s=state: loss(effective(p, s, config), batch(0)))(p)
+        through = jax.grad(loss)(used, batch(0))
+        for path, weight in p.items():
+            groups = np.abs(weight).T.reshape(-1, m)
+            order = np.argsort(-groups, axis=1, kind="stable")
+            best = np.zeros(groups.shape, bool)
+            np.put_along_axis(best, order[:, : m // 2], True, axis=1)
+            mask = best.reshape(weight.T.shape).T
+            np.testing.assert_array_equal(masks(state)[path], mask)
+            np.testing.assert_array_equal(used[path], np.where(mask, weight, 0))
+            np.testing.assert_allclose(slopes[path], through[path], rtol=1e-5)
 
 
 def test_a_dense_finish_makes_everything_live_from_zero():

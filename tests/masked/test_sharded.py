@@ -14,9 +14,9 @@ from sparsejax.partition import parameter_spec
 from tests.masked.networks import (
     DOWN,
     EXPERTS,
+    PLANS,
     TX,
     UP,
-    UPDATERS,
     batch,
     history,
     loss,
@@ -44,9 +44,9 @@ def place(values, where):
 
 
 @functools.cache
-def sharded(updater):
+def sharded(name):
     """Give parameters and state after each of four steps on eight devices."""
-    config, where = UPDATERS[updater], mesh()
+    config, where = PLANS[name], mesh()
     tx = sparse(TX["adamw"], config)
 
     @jax.jit
@@ -64,11 +64,11 @@ def sharded(updater):
     return seen
 
 
-@pytest.mark.few(1)
-@pytest.mark.parametrize("updater", ["rigl", "set"])
-def test_a_sharded_run_has_the_masks_of_one_device(updater):
-    alone = history("adamw", updater)[1:5]
-    for (one, state), (many, other) in zip(alone, sharded(updater), strict=True):
+@pytest.mark.few(2)
+@pytest.mark.parametrize("name", ["rigl", "set", "coarse_to_fine"])
+def test_a_sharded_run_has_the_masks_of_one_device(name):
+    alone = history("adamw", name)[1:5]
+    for (one, state), (many, other) in zip(alone, sharded(name), strict=True):
         for path in (UP, DOWN, EXPERTS):
             a, b = masks_of(state)[path][...], masks_of(other)[path][...]
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))

@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.masked import STRUCTURES, structures, tiles
+from sparsejax.masked import STRUCTURES, Ramp, structures, tiles
 from sparsejax.masked.structures import best
 
 SHAPE = (8, 12)
 CASES = {
     "unstructured": {},
     "n_of_m": {"m": 4, "axis": 1},
+    "coarse_to_fine": {"m": 2, "frames": 2, "axis": 1},
     "transposable": {"m": 4},
     "constant_fan_in": {"axis": 0},
     "block": {"tile": (2, 3)},
@@ -94,6 +95,29 @@ def test_n_of_m_keeps_n_in_every_group_along_its_axis():
     scores = tied(1).reshape(2, 4, 12).transpose(0, 2, 1).reshape(-1, 4)
     expected = slow_best(scores, 2).reshape(2, 12, 4).transpose(0, 2, 1)
     np.testing.assert_array_equal(groups, expected)
+
+
+FRAMES = {-1: 0, 9: 0, 10: 0, 19: 0, 20: 1, 29: 1, 30: 2, 39: 2, 40: 3, 50: 3, 99: 3}
+
+
+def test_coarse_to_fine_keeps_8n_of_8m_then_4n_of_4m_in_equal_frames():
+    structure, ramp = STRUCTURES["coarse_to_fine"](m=4), Ramp(0.25, 0.25, 10, 50)
+    scores = tied(11, (64, 3))
+    at = jax.jit(lambda step: structure.at(step, ramp)(jnp.asarray(scores), 48))
+    for step, frame in FRAMES.items():
+        n = 8 >> frame
+        groups = scores.T.reshape(-1, 4 * n)
+        expected = slow_best(groups, n).reshape(3, 64).T
+        np.testing.assert_array_equal(at(step), expected, err_msg=f"step {step}")
+
+
+def test_a_schedule_of_one_change_goes_to_the_finest_groups_at_once():
+    structure, ramp = STRUCTURES["coarse_to_fine"](m=2), Ramp(0.5, 0.5, 3, 3)
+    scores = jnp.asarray(tied(12, (16, 3)))
+    fine = STRUCTURES["n_of_m"](m=2)(scores, 24)
+    np.testing.assert_array_equal(structure.at(3, ramp)(scores, 24), fine)
+    coarse = STRUCTURES["n_of_m"](m=16)(scores, 24)
+    np.testing.assert_array_equal(structure.at(2, ramp)(scores, 24), coarse)
 
 
 def test_blocks_are_constant_inside_and_the_best_by_mean():
@@ -228,6 +252,8 @@ def test_structures_map_over_layers(name):
         ("n_of_m", {"m": 5}),
         ("n_of_m", {"m": 4, "axis": 2}),
         ("n_of_m", {"m": 0}),
+        ("coarse_to_fine", {"m": 4, "frames": 2, "axis": 1}),
+        ("coarse_to_fine", {"m": 4, "axis": 1}),
         ("block", {"tile": (3, 3)}),
         ("block", {"tile": (1, 2, 2)}),
         ("block", {"tile": ()}),
@@ -249,7 +275,7 @@ def test_a_structure_that_does_not_fit_says_so(name, arguments):
         STRUCTURES[name](**arguments).quantum(SHAPE)
 
 
-@pytest.mark.parametrize(("module", "examples"), [(structures, 5), (tiles, 2)])
+@pytest.mark.parametrize(("module", "examples"), [(structures, 8), (tiles, 2)])
 def test_examples_in_the_docstrings_hold(module, examples):
     result = doctest.testmod(module, extraglobs={"jnp": jnp})
     assert result.attempted == examples
