@@ -70,6 +70,7 @@ METHODS = {
         "updater": "select",
         "estimator": "straight_through",
         **MIDDLE,
+        "every": 1,  # the loss pushes what is dead, and hears nothing back until then
     },
     # sparse from the start
     "static": {

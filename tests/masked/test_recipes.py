@@ -75,7 +75,7 @@ def batch(step):
     return jax.random.normal(jax.random.fold_in(jax.random.key(2), step), (64, 8))
 
 
-def run(config, steps, tx=None, measured=None):
+def run(config, steps, tx=None, measured=None, p=None):
     """Train two matrices; give parameters and state after every step."""
     tx = sparse(tx or optax.adamw(1e-2), config, measured=measured)
 
@@ -85,9 +85,8 @@ def run(config, steps, tx=None, measured=None):
         updates, state = tx.update(jax.grad(value)(p), state, p)
         return optax.apply_updates(p, updates), state
 
-    p = params()
-    state, history = tx.init(p), []
-    history = [(p, state)]
+    p = params() if p is None else p
+    history = [(p, tx.init(p))]
     for index in range(steps):
         history.append(step(*history[-1], batch(index)))
     return history

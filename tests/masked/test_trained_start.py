@@ -11,7 +11,7 @@ from flax import nnx
 
 from configs.masked import METHODS
 from sparsejax import convert
-from sparsejax.masked import masks_of
+from sparsejax.masked import MaskedConfig, effective, masks_of
 from sparsejax.masked.budgets import begins_dense
 from sparsejax.sharding import MeshConfig
 from sparsejax.train.checkpoint import Checkpoints
@@ -19,6 +19,7 @@ from sparsejax.train.loop import Trainer, train
 from sparsejax.train.metrics import read_metrics
 from sparsejax.train.trained import alone, load
 from sparsejax.tree import leaves
+from tests.masked import test_recipes as recipes
 from tests.test_convert import hidden_of
 from tests.train.toy import LEAST, toy
 
@@ -117,6 +118,21 @@ def test_learned_masks_are_of_trained_weights_that_stay(dense_run, tmp_path):
     assert any(moved)
     for path in last.opt.masks:
         np.testing.assert_array_equal(leaves(last.params)[path], dense[path])
+
+
+def pruned(every):
+    """Prune two trained matrices by movement; the loss at the end, and that before."""
+    before = recipes.run(recipes.plan(density=1.0), 100)[-1][0]
+    config = MaskedConfig(**METHODS["movement"] | {"every": every})
+    after, state = recipes.run(config, 100, p=before)[-1]
+    held = jnp.concatenate([recipes.batch(1000 + i) for i in range(8)])
+    return [recipes.loss(p, held) for p in (effective(after, state, config), before)]
+
+
+def test_masks_that_follow_movement_do_so_at_once():
+    assert METHODS["movement"]["every"] == 1
+    (at_once, dense), (late, _) = pruned(1), pruned(10)
+    assert dense < at_once < late / 2
 
 
 class KilledError(Exception):
