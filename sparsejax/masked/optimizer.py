@@ -309,19 +309,23 @@ def _idle(before: PyTree, after: PyTree) -> PyTree:
     """Give the optimiser's state without its step; the rate's schedule still goes on.
 
     Moments and their counts stay: it is steps of the run that a schedule counts.
+    Gradients that are accumulated still are, and let go when it is their turn.
     """
-    injected = optax.InjectStatefulHyperparamsState
+    inside = {
+        optax.InjectStatefulHyperparamsState: "inner_state",
+        optax.MultiStepsState: "inner_opt_state",
+    }
 
-    def is_schedule(x: Any) -> bool:
-        return isinstance(x, optax.ScaleByScheduleState | injected)
+    def goes_on(x: Any) -> bool:
+        return isinstance(x, (optax.ScaleByScheduleState, *inside))
 
     def kept(old: PyTree, new: PyTree) -> PyTree:
-        if isinstance(old, injected):
-            inner = _idle(old.inner_state, new.inner_state)
-            return new._replace(inner_state=inner)
-        return new if is_schedule(old) else old
+        if name := inside.get(type(old)):
+            inner = _idle(getattr(old, name), getattr(new, name))
+            return new._replace(**{name: inner})
+        return new if goes_on(old) else old
 
-    return jax.tree.map(kept, before, after, is_leaf=is_schedule)
+    return jax.tree.map(kept, before, after, is_leaf=goes_on)
 
 
 def _evidence(

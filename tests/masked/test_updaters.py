@@ -6,11 +6,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsejax.masked import CRITERIA, UPDATERS, Evidence, Rule
+from sparsejax.masked import CRITERIA, UPDATERS, Evidence, Rule, masks_of
 from sparsejax.masked.structures import (
     Block,
     ConstantFanIn,
@@ -19,6 +20,8 @@ from sparsejax.masked.structures import (
     Unstructured,
 )
 from sparsejax.masked.tiles import Transposable
+from sparsejax.tree import leaves
+from tests.masked.networks import UP, network, plan, run
 
 SHAPE = (6, 8)
 STRUCTURES = [
@@ -248,3 +251,21 @@ def test_a_criterion_says_when_it_has_no_gradient(name):
 def test_a_criterion_says_what_it_does_not_know(name, field):
     with pytest.raises(ValueError, match=f"{field}=None: .*choose"):
         CRITERIA[name](evidence(0)._replace(**{field: None}))
+
+
+@pytest.mark.parametrize(("updater", "steps"), [("rigl", 2), ("set", 4)])
+def test_a_mask_update_leaves_the_turns_of_accumulated_gradients(updater, steps):
+    rate = optax.scale_by_schedule(lambda count: -1e-2 / (1 + count))
+    tx = optax.MultiSteps(optax.chain(optax.scale_by_adam(), rate), 2)
+    config = plan(updater=updater, schedule="constant", begin=1, end=7, every=3)
+    history = run(tx.gradient_transformation(), config, network(jax.random.key(3)), 8)
+    inner = [state.inner for _, state in history]
+    # masks change in the steps 1, 4 and 7; in 1 and 7 it is the turn of the optimiser
+    assert [int(x.mini_step) for x in inner] == [0, 1] * 4 + [0]
+    assert [int(x.gradient_step) for x in inner] == [0, 0, 1, 1, 2, 2, 3, 3, 4]
+    adam, schedule = inner[-1].inner_opt_state
+    assert (int(adam.count), int(schedule.count)) == (steps, 4)
+    live = np.asarray(masks_of(history[5][1])[UP][...])
+    summed = np.asarray(leaves(inner[5].acc_grads)[UP])
+    assert summed[live].any()
+    assert not summed[~live].any()
