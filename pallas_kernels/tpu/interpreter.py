@@ -7,6 +7,8 @@ from typing import Any
 
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import KernelError
+
 __all__ = ["interpreted", "is_interpreted", "needs_tpu"]
 
 _ON: ContextVar[bool] = ContextVar("interpreted", default=False)
@@ -43,10 +45,10 @@ def needs_tpu(platform: str) -> None:
     """Refuse a platform for which kernels are neither compiled nor evaluated.
 
     Raises:
-        ValueError: if it is no TPU, outside of ``interpreted``.
+        KernelError: if it is no TPU, outside of ``interpreted``.
     """
     if platform != "tpu" and not is_interpreted():
-        raise ValueError(
+        raise KernelError(
             f"implementation='mosaic_tpu' needs a TPU, and this is for {platform};"
             " choose 'xla', or trace under pallas_kernels.tpu.interpreted()"
         )

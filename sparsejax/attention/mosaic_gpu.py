@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import gpu
+from pallas_kernels import KernelError, gpu
 from pallas_kernels.gpu import device
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
@@ -47,10 +47,10 @@ def mosaic_gpu(
     """Online softmax over the live blocks; values come back in the inputs' dtype.
 
     Raises:
-        ValueError: if device, dtype, head width or blocks are not for these kernels.
+        KernelError: if device, dtype, head width or blocks are not for these kernels.
     """
     if reason := obstacle(q, mask):
-        raise ValueError(f"implementation='mosaic_gpu' {reason}")
+        raise KernelError(f"implementation='mosaic_gpu' {reason}")
     if segments is not None:
         mask = restrict(mask, segments)
     # Under a mesh: gradients of what was gathered are summed where it was gathered.

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import KernelError
 from pallas_kernels.tpu import backward, forward, needs_tpu
 from pallas_kernels.tpu.blocks import GRANTS, Tensors
 from pallas_kernels.tpu.pairs import EMPTY, FULL, PARTIAL, RULES, Rows, pair_list
@@ -44,7 +45,7 @@ def mosaic_tpu(
     """Online softmax over the live blocks on a TPU; values in the dtype of ``q``.
 
     Raises:
-        ValueError: where there is no TPU, for dtypes other than bfloat16 and float32,
+        KernelError: where there is no TPU, for dtypes other than bfloat16 and float32,
             for query blocks of few rows, and for lists that do not fit the chip.
     """
     if segments is not None:
@@ -58,17 +59,17 @@ def mosaic_tpu(
 
 def _check(q: Array, plan: Plan) -> None:
     if q.dtype not in ("bfloat16", "float32"):
-        raise ValueError(
+        raise KernelError(
             f"{q.dtype}: TPU kernels compute in bfloat16 and float32; cast to one"
         )
     tiling, (*_, packed) = plan.tiling, plan.heads
     if tiling.rows > 1 and packed * tiling.block_q < SUBLANES:
-        raise ValueError(
+        raise KernelError(
             f"block_q={tiling.block_q} with {packed} heads packed into a block: a TPU"
             f" block needs {SUBLANES} rows; coarsen the mask, mask.coarsened(8) say"
         )
     if len(tiling.rules) > RULES:
-        raise ValueError(
+        raise KernelError(
             f"heads follow {len(tiling.rules)} patterns, and a TPU call tells {RULES}"
             " apart; attend with some heads at a time"
         )

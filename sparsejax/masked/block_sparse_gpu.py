@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import KernelError
 from pallas_kernels.gpu import device
 from pallas_kernels.gpu.block_sparse import fitting, rows_by_blocks, rows_by_rows
 from pallas_kernels.gpu.grouped_frame import STEP
@@ -20,10 +21,10 @@ def mosaic_gpu(
     """Tiles of the tensor cores, accumulated in float32.
 
     Raises:
-        ValueError: if device, dtype or blocks are not for these kernels.
+        KernelError: if device, dtype or blocks are not for these kernels.
     """
     if reason := obstacle(x, values):
-        raise ValueError(f"implementation='mosaic_gpu' {reason}")
+        raise KernelError(f"implementation='mosaic_gpu' {reason}")
     return _product(x, values, rows, columns, grid)
 
 

@@ -7,6 +7,7 @@ copied apart first.
 
 import jax.numpy as jnp
 
+from pallas_kernels import KernelError
 from pallas_kernels.tpu.block_sparse import Side, rows_by_blocks, rows_by_rows
 from pallas_kernels.tpu.interpreter import needs_tpu
 from sparsejax.masked.block_sparse_gradient import Lists, differentiable, filled
@@ -27,16 +28,16 @@ def mosaic_tpu(
     """Tiles of the matrix unit, accumulated in float32.
 
     Raises:
-        ValueError: where there is no TPU, and for dtypes or blocks that are not for
+        KernelError: where there is no TPU, and for dtypes or blocks that are not for
             these kernels.
     """
     if x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(
+        raise KernelError(
             f"implementation='mosaic_tpu' with {x.dtype}: TPU kernels compute in"
             " bfloat16 and float32; cast x and the weight to one"
         )
     if max(values.shape[1:]) > WIDEST:
-        raise ValueError(
+        raise KernelError(
             f"implementation='mosaic_tpu' with blocks of {values.shape[1:]}: sides of"
             f" up to {WIDEST} fit the chip; cut the weight into smaller blocks"
         )

@@ -1,5 +1,6 @@
 """The search of a lookup on Hopper GPUs, by the kernel of ``pallas_kernels.gpu``."""
 
+from pallas_kernels import KernelError
 from pallas_kernels.gpu import device
 from pallas_kernels.gpu.lookup import MOST, best
 from sparsejax.compat import HAS_MOSAIC_GPU
@@ -15,15 +16,15 @@ def mosaic_gpu(
     """Take the best of each half, and of the pairs that can win, without sorting.
 
     Raises:
-        ValueError: if there is no Hopper GPU, or ``k`` is more than the kernel finds.
+        KernelError: if there is no Hopper GPU, or ``k`` is more than the kernel finds.
     """
     if k > MOST:
-        raise ValueError(
+        raise KernelError(
             f"implementation='mosaic_gpu' with k={k}: the kernel finds up to {MOST}"
             " slots; use 'xla'"
         )
     if reason := device.obstacle(supported=HAS_MOSAIC_GPU):
-        raise ValueError(f"implementation='mosaic_gpu' {reason}")
+        raise KernelError(f"implementation='mosaic_gpu' {reason}")
     heads, n, r = rows.shape
     ranks = min(k, r)
     a, b = candidates(k, ranks)

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import KernelError
 from pallas_kernels.tpu.interpreter import needs_tpu
 from pallas_kernels.tpu.lookup import TOKENS, best_pairs
 from sparsejax.partition import platform
@@ -18,11 +19,11 @@ def mosaic_tpu(
     """Passes over the scores of 128 tokens at a time, instead of sorting them.
 
     Raises:
-        ValueError: where there is no TPU, and for what does not fit the kernel.
+        KernelError: where there is no TPU, and for what does not fit the kernel.
     """
     r = rows.shape[-1]
     if k > MOST or r > WIDEST:
-        raise ValueError(
+        raise KernelError(
             f"implementation='mosaic_tpu' with k={k} and r={r}: the kernel finds up to"
             f" {MOST} slots among up to {WIDEST} sub-keys; use 'xla'"
         )

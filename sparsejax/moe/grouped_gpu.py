@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import KernelError
 from pallas_kernels.gpu import device
 from pallas_kernels.gpu.grouped import rows_by_rows, rows_by_weights
 from pallas_kernels.gpu.grouped_frame import STEP, Tiling
@@ -19,10 +20,10 @@ def mosaic_gpu(x: Array, w: Array, group_sizes: Array) -> Array:
     """Tiles of the tensor cores, accumulated in float32.
 
     Raises:
-        ValueError: if device, dtype or widths are not for these kernels.
+        KernelError: if device, dtype or widths are not for these kernels.
     """
     if reason := obstacle(x, w):
-        raise ValueError(f"implementation='mosaic_gpu' {reason}")
+        raise KernelError(f"implementation='mosaic_gpu' {reason}")
     return _product(x, w, group_sizes)
 
 

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels import KernelError
 from pallas_kernels.tpu.grouped import Tiling, rows_by_rows, rows_by_weights
 from pallas_kernels.tpu.interpreter import needs_tpu
 from sparsejax.moe.grouped_gradient import differentiable
@@ -20,17 +21,17 @@ def mosaic_tpu(x: Array, w: Array, group_sizes: Array) -> Array:
     """Tiles of the matrix unit, accumulated in float32.
 
     Raises:
-        ValueError: where there is no TPU, and for dtypes or widths that are not for
+        KernelError: where there is no TPU, and for dtypes or widths that are not for
             these kernels.
     """
     if x.dtype not in (jnp.bfloat16, jnp.float32):
-        raise ValueError(
+        raise KernelError(
             f"implementation='mosaic_tpu' with {x.dtype}: TPU kernels compute in"
             " bfloat16 and float32; cast x and w to one"
         )
     for size in w.shape[1:]:
         if size % LANES and size > WHOLE:
-            raise ValueError(
+            raise KernelError(
                 f"implementation='mosaic_tpu' with weights of {w.shape[1]} x"
                 f" {w.shape[2]}: above {WHOLE}, {size} must be a multiple of {LANES};"
                 " pad it with zeros, or use 'xla'"

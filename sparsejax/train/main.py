@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels import KernelError
 from sparsejax.config import ConfigError, convert, fingerprint, override, read
 
 OVERRIDE = re.compile(r"--config\.([\w.]+?)(?:=(.*))?")
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         flags, config = parse(argv)
         return _main(flags, config)
-    except ConfigError as error:
+    except (ConfigError, KernelError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except KeyboardInterrupt:

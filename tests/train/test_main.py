@@ -68,6 +68,13 @@ def test_a_mistake_is_one_line_before_the_first_compile(
     assert len(COMPILED) == before
 
 
+def test_a_kernel_that_cannot_run_here_is_one_line(capsys, tmp_path):
+    flag = "--config.model.attention.implementation=mosaic_tpu"
+    status, line = run(capsys, f"--workdir={tmp_path}", flag)
+    assert status == 2
+    assert line.startswith("error: implementation='mosaic_tpu' needs a TPU")
+
+
 def test_an_interrupt_says_how_to_go_on(capsys, tmp_path, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
