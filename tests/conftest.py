@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import zlib
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def few_maps():
     if maps.exists() and len(maps.read_text().splitlines()) > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def clean_interpreter():
+    """Forget, after a test, what the interpreter of GPU kernels keeps."""
+    yield
+    module = sys.modules.get("jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks")
+    if hasattr(module, "reset_gpu_interpret_mode_state"):  # not before JAX 0.12
+        module.reset_gpu_interpret_mode_state()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The Hopper kernels, interpreted on a CPU, against attention by definition."""
 
-import importlib
 from types import SimpleNamespace
 
 import jax
@@ -13,24 +12,13 @@ from sparsejax.attention import causal, mosaic_gpu, operation, sliding_window
 from sparsejax.attention.attended import Attended, Segments
 from sparsejax.attention.mask import BlockMask
 from sparsejax.attention.operation import block_sparse_attention_and_lse
-from sparsejax.compat import HAS_GPU_INTERPRETER
+from tests.interpreters import DEADLINE, gpu_interpreted
 from tests.slowly import slowly
 
-pytestmark = pytest.mark.timeout(180)  # a deadlock would wait for ever
-interpreted = pytest.mark.skipif(
-    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-)
+pytestmark = DEADLINE
 
 # Root mean square error as part of the result's size: a few roundings to float16.
 VALUES, GRADIENTS = 1e-3, 2e-3
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield
-    if HAS_GPU_INTERPRETER:
-        name = "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks"
-        importlib.import_module(name).reset_gpu_interpret_mode_state()
 
 
 def pattern_mask(pattern, q_len, kv_len, block_q, block_kv, **kwargs):
@@ -136,7 +124,7 @@ def assert_near(found, expected):
         assert error(a, b) < GRADIENTS
 
 
-@interpreted
+@gpu_interpreted
 @pytest.mark.parametrize(
     "name",
     slowly(
@@ -157,7 +145,7 @@ def packed(length, *cuts):
     )
 
 
-@interpreted
+@gpu_interpreted
 def test_gradients_equal_the_reference_with_all_extras(key):
     numbers = jnp.stack([packed(100, 3, 80), packed(100, 0, 90)])
     extras = {"scale": -0.3, "softcap": 2.0, "segments": Segments(numbers, numbers)}
@@ -185,7 +173,7 @@ def assert_same(found, expected):
     assert_near((found, []), (expected, []))
 
 
-@interpreted
+@gpu_interpreted
 @pytest.mark.parametrize("name", ["heads", "offset"])
 def test_values_equal_the_reference(name, key):
     mask = MASKS[name]()
@@ -193,7 +181,7 @@ def test_values_equal_the_reference(name, key):
     assert_same(attend(x, mask, "mosaic_gpu"), attend(x, mask, "reference"))
 
 
-@interpreted
+@gpu_interpreted
 @pytest.mark.parametrize("width", slowly([64, 96], but={96}))
 def test_heads_may_be_wide(width, key):
     mask = pattern_mask(causal(), 64, 64, 64, 64)
@@ -202,7 +190,7 @@ def test_heads_may_be_wide(width, key):
 
 
 @pytest.mark.slow
-@interpreted
+@gpu_interpreted
 def test_gradients_of_wide_heads_equal_the_reference(key):
     mask = pattern_mask(causal(), 64, 64, 64, 64)
     x = arrays(key, mask, c=128)
@@ -210,7 +198,7 @@ def test_gradients_of_wide_heads_equal_the_reference(key):
     assert_near(found, both(x, mask, implementation="reference"))
 
 
-@interpreted
+@gpu_interpreted
 @pytest.mark.parametrize(
     "heads", [(8, 2), pytest.param((2, 2), marks=pytest.mark.slow)]
 )
@@ -228,7 +216,7 @@ def test_few_queries_share_a_tile_and_split_a_long_cache(heads, key):
         assert_same(attend(x, mask, "mosaic_gpu"), expected)
 
 
-@interpreted
+@gpu_interpreted
 def test_splits_of_the_keys_are_joined_where_nothing_is_seen(key):
     mask = pattern_mask(causal(), 1, 512, 16, 64)
     mask = mask.replace(count=0 * mask.count, full=0 * mask.full)
@@ -237,7 +225,7 @@ def test_splits_of_the_keys_are_joined_where_nothing_is_seen(key):
     assert (found.lse == -np.inf).all()
 
 
-@interpreted
+@gpu_interpreted
 def test_what_is_dead_is_neither_read_nor_changed(key):
     mask = MASKS["dense"]()
     x = arrays(key, mask)
@@ -256,7 +244,7 @@ def test_what_is_dead_is_neither_read_nor_changed(key):
     assert (dv[:, 64:128] == 0).all()
 
 
-@interpreted
+@gpu_interpreted
 def test_bfloat16_errs_as_its_rounding_does(key):
     mask = MASKS["causal"]()
     x = arrays(key, mask, dtype="bfloat16")
@@ -268,7 +256,7 @@ def test_bfloat16_errs_as_its_rounding_does(key):
     assert error(found.lse, expected.lse) < 1e-5
 
 
-@interpreted
+@gpu_interpreted
 def test_mapping_over_examples_equals_a_batch(key):
     mask = pattern_mask(causal(), 64, 64, 64, 64)
     x = arrays(key, mask, b=2)
@@ -283,7 +271,7 @@ def test_mapping_over_examples_equals_a_batch(key):
     assert_same(Attended(*found), attend(x, mask, "reference"))
 
 
-@interpreted
+@gpu_interpreted
 def test_a_mesh_of_one_device_changes_nothing(key):
     mask = pattern_mask(causal(), 64, 64, 64, 64)
     x = arrays(key, mask)

@@ -6,7 +6,7 @@ import pytest
 from pallas_kernels import gpu
 from sparsejax.bench import memory as bench
 from sparsejax.bench import table
-from sparsejax.compat import HAS_GPU_INTERPRETER
+from tests.interpreters import gpu_interpreted
 
 
 def test_the_table_is_written(monkeypatch, tmp_path, capsys):
@@ -38,9 +38,7 @@ def test_the_table_is_written(monkeypatch, tmp_path, capsys):
     assert "| step | 1024 | rows |" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(
-    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-)
+@gpu_interpreted
 def test_kernels_that_can_run_here_have_rows_beside_the_plain_search(monkeypatch):
     monkeypatch.setattr(bench, "TOKENS", 8)
     with gpu.interpreted():

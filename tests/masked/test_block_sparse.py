@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 
 from pallas_kernels import gpu, tpu
-from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.masked import block_sparse
 from sparsejax.masked.block_sparse import BlockSparse, block_sparse_matmul
+from tests.interpreters import GPU, gpu_interpreted
 
 ROWS, GRID, BLOCK = 40, (4, 3), (16, 8)
 SHAPE = (GRID[0] * BLOCK[0], GRID[1] * BLOCK[1])
@@ -24,11 +24,7 @@ SOME = np.array([[1, 0, 1], [0, 0, 0], [1, 0, 0], [1, 0, 1]], bool)  # empty bot
 INTERPRETERS = {"mosaic_tpu": tpu.interpreted, "mosaic_gpu": gpu.interpreted}
 ON_GPUS = "bfloat16", (64, 64)  # the least that those kernels take
 NAMES = ["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
-skipped = pytest.mark.skipif(
-    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-)
-GPU = pytest.param("mosaic_gpu", marks=skipped)
-GPU_SLOWLY = pytest.param("mosaic_gpu", marks=[skipped, pytest.mark.slow])
+GPU_SLOWLY = pytest.param("mosaic_gpu", marks=[gpu_interpreted, pytest.mark.slow])
 runs = pytest.mark.parametrize("name", [*NAMES[:3], GPU])
 
 
@@ -238,7 +234,7 @@ def test_bfloat16_is_as_good_as_a_dense_product_in_bfloat16(key, name):
         ("reference", 8),
         ("xla", 8),
         # The interpreter knows one device.
-        pytest.param("mosaic_gpu", 1, marks=[skipped, pytest.mark.slow]),
+        pytest.param("mosaic_gpu", 1, marks=[gpu_interpreted, pytest.mark.slow]),
     ],
 )
 def test_rows_on_many_devices_give_the_sums_of_one(key, name, devices):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels import gpu, tpu
-from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.memory import product_key_top_k
 from sparsejax.memory.lookup import IMPLEMENTATIONS, xla
+from tests.interpreters import GPU
 from tests.memory.test_lookup import brute_force
 from tests.slowly import slowly
 
@@ -24,18 +24,7 @@ SHAPES = [  # tokens, sub-keys of a half, slots of a token
     (1, 2048, 64),
 ]
 INTERPRETERS = {"mosaic_tpu": tpu.interpreted, "mosaic_gpu": gpu.interpreted}
-runs = pytest.mark.parametrize(
-    "name",
-    [
-        "mosaic_tpu",
-        pytest.param(
-            "mosaic_gpu",
-            marks=pytest.mark.skipif(
-                not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-            ),
-        ),
-    ],
-)
+runs = pytest.mark.parametrize("name", ["mosaic_tpu", GPU])
 
 
 def halves(key, tokens, r):

@@ -1,7 +1,6 @@
 """The kernels of grouped_matmul meet its edges, in their interpreters."""
 
 import contextlib
-import importlib
 import itertools
 
 import jax
@@ -9,37 +8,18 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import gpu, tpu
-from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.moe import grouped, grouped_matmul
+from tests.interpreters import DEADLINE, GPU
 
-pytestmark = pytest.mark.timeout(180)  # a deadlock would wait for ever
+pytestmark = DEADLINE
 ROWS, WIDTH, HIDDEN, GROUPS = 200, 64, 64, 4
 SIZES = (130, 1, 20, 24)  # more than a tile, one row, parts of 8 rows; a tail is left
 KERNELS = {
     "mosaic_tpu": (tpu.interpreted, "float32", 1e-5),
     "mosaic_gpu": (gpu.interpreted, "bfloat16", 2**-8),
 }
-runs = pytest.mark.parametrize(
-    "name",
-    [
-        "mosaic_tpu",
-        pytest.param(
-            "mosaic_gpu",
-            marks=pytest.mark.skipif(
-                not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-            ),
-        ),
-    ],
-)
+runs = pytest.mark.parametrize("name", ["mosaic_tpu", GPU])
 PATTERNS = [*itertools.product((0, 1), repeat=GROUPS)]
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield
-    if HAS_GPU_INTERPRETER:
-        module = "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks"
-        importlib.import_module(module).reset_gpu_interpret_mode_state()
 
 
 def compiled(name):

@@ -12,17 +12,15 @@ from pallas_kernels.gpu import block_sparse_check
 from pallas_kernels.gpu.block_sparse import rows_by_blocks, rows_by_rows
 from pallas_kernels.gpu.block_sparse_check import CASES, PRODUCTS
 from pallas_kernels.gpu.grouped_frame import Tiling
-from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.masked import BlockSparse, block_sparse_matmul
 from sparsejax.sharding.targets import describe
+from tests.interpreters import DEADLINE, gpu_interpreted
 
-pytestmark = pytest.mark.timeout(180)  # a deadlock would wait for ever
+pytestmark = DEADLINE
 
 
 @pytest.mark.slow  # values are tested with the operation
-@pytest.mark.skipif(
-    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-)
+@gpu_interpreted
 def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
     block_sparse_check.main(["--tiny"])
     assert "tiny bfloat16" in capsys.readouterr().out

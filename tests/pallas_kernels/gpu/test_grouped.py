@@ -1,6 +1,5 @@
 """The frame of grouped products: no race, budgets that hold, compiled for an H200."""
 
-import importlib
 import itertools
 import re
 import sys
@@ -16,26 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.gpu import grouped_check, grouped_frame, interpreted
 from pallas_kernels.gpu.grouped import rows_by_weights
 from pallas_kernels.gpu.grouped_frame import Tiling
-from sparsejax.compat import HAS_GPU_INTERPRETER
 from sparsejax.moe import grouped_matmul
 from sparsejax.sharding.targets import describe
+from tests.interpreters import DEADLINE, gpu_interpreted
 
-pytestmark = pytest.mark.timeout(180)  # a deadlock would wait for ever
-runs = pytest.mark.skipif(
-    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-)
+pytestmark = DEADLINE
 TINY = Tiling(rows=64, columns=64, slots=2, programs=2)
 
 
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield
-    if HAS_GPU_INTERPRETER:
-        name = "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks"
-        importlib.import_module(name).reset_gpu_interpret_mode_state()
-
-
-@runs
+@gpu_interpreted
 def test_a_slot_given_back_too_early_is_found(key, monkeypatch):
     x = jax.random.normal(key, (64, 256), "bfloat16")
     given = x, jnp.ones((1, 256, 64), "bfloat16"), jnp.array([64], "int32")
@@ -66,7 +54,7 @@ def test_a_slot_given_back_too_early_is_found(key, monkeypatch):
 
 
 @pytest.mark.slow  # all that it calls is tested above
-@runs
+@gpu_interpreted
 def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
     grouped_check.main(["--tiny"])
     assert "tail bfloat16" in capsys.readouterr().out

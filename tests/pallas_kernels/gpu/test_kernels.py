@@ -1,7 +1,6 @@
 """What the frame of the kernels promises: no race, no deadlock, a budget that holds."""
 
 import dataclasses
-import importlib
 
 import jax
 import jax.numpy as jnp
@@ -10,21 +9,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gpu import check, forward, interpreted, skeleton
 from pallas_kernels.gpu.cases import CASES, Case, arrays, kernels, lists
-from sparsejax.compat import HAS_GPU_INTERPRETER
+from tests.interpreters import DEADLINE, gpu_interpreted
 
-pytestmark = pytest.mark.timeout(180)  # a deadlock would wait for ever
-runs = pytest.mark.skipif(
-    not HAS_GPU_INTERPRETER, reason="this JAX cannot interpret GPU kernels"
-)
+pytestmark = DEADLINE
 TINY = Case(length=256, heads=1, key_heads=1, width=32, block_q=64, block_kv=64)
-
-
-@pytest.fixture(autouse=True)
-def clean_interpreter():
-    yield
-    if HAS_GPU_INTERPRETER:
-        name = "jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks"
-        importlib.import_module(name).reset_gpu_interpret_mode_state()
 
 
 def run(kernel, key):
@@ -42,7 +30,7 @@ def run(kernel, key):
 
 
 @pytest.mark.few(1)
-@runs
+@gpu_interpreted
 @pytest.mark.parametrize("kernel", ["forward", "query_gradient", "key_gradients"])
 def test_a_slot_given_back_too_early_is_found(kernel, key, monkeypatch):
     run(kernel, key)
@@ -61,7 +49,7 @@ def test_a_slot_given_back_too_early_is_found(kernel, key, monkeypatch):
         run(kernel, key)
 
 
-@runs
+@gpu_interpreted
 def test_a_tile_read_before_it_came_is_found(key, monkeypatch):
     def blind(piece, *names):
         return [piece.own.tiles[name].at[piece.slot] for name in names]
@@ -72,13 +60,13 @@ def test_a_tile_read_before_it_came_is_found(key, monkeypatch):
 
 
 @pytest.mark.slow  # all that it calls is tested above
-@runs
+@gpu_interpreted
 def test_the_check_for_a_device_runs_in_the_interpreter(capsys):
     check.main(["--tiny"])
     assert "tiny {'out': " in capsys.readouterr().out
 
 
-@runs
+@gpu_interpreted
 def test_warpgroups_that_work_in_turns_change_nothing(key):
     case = Case(length=256, heads=1, key_heads=1, width=32)
     x, walked = arrays(case, key), lists(case)
@@ -91,7 +79,7 @@ def test_warpgroups_that_work_in_turns_change_nothing(key):
 
 
 @pytest.mark.slow
-@runs
+@gpu_interpreted
 def test_all_extras_of_the_cases_agree_with_dense_attention():
     small = {"length": 128, "heads": 2, "key_heads": 1, "width": 32}
     case = dataclasses.replace(CASES["extras"], **small, block_q=64, block_kv=64)
