@@ -23,7 +23,7 @@ from sparsejax.config import ConfigError, near, require
 from sparsejax.train.matrices import matrix_axes
 from sparsejax.typing import Array, Float, PyTree
 
-__all__ = ["LoraConfig", "LoraState", "Thin", "low_rank"]
+__all__ = ["LoraConfig", "LoraState", "Thin", "low_rank", "matrix_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,11 @@ class LoraState(NamedTuple):
 
     thin: Thin
     inner: PyTree
+
+
+def matrix_of(path: str) -> str:
+    """Give the path of the matrix that a factor in ``Thin`` is of."""
+    return path.partition("/")[2]
 
 
 def low_rank(

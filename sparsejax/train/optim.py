@@ -6,7 +6,8 @@ schedule. Decay and rates are chosen by regular expressions on tree paths, searc
 ``re.search`` does. Parameters and moments are float32; a tree of ``nnx.Variable`` and a
 plain dict work alike. The result may be called under strict dtype promotion. Tables
 that have a rule of their own (``OptimConfig.tables``) only share in the norm. With
-``OptimConfig.lora`` the chain moves thin factors of matrices instead.
+``OptimConfig.lora`` the chain moves thin factors of matrices instead, both by the path
+of their matrix.
 """
 
 import inspect
@@ -26,7 +27,7 @@ from sparsejax import tree
 from sparsejax.config import ConfigError, choose, near, require
 from sparsejax.memory import lazy
 from sparsejax.train.clip import clip_all
-from sparsejax.train.lora import LoraConfig, low_rank
+from sparsejax.train.lora import LoraConfig, low_rank, matrix_of
 from sparsejax.train.matrices import Split, last_two, matrix_axes
 from sparsejax.typing import Array, Float, PyTree
 
@@ -197,7 +198,9 @@ def make_optimizer(
         chain = _chain(config, steps, _dimension_numbers(moved, matrix_axes))
     else:
         chain = low_rank(
-            lambda thin: _chain(config, steps, _dimension_numbers(thin, last_two)),
+            lambda thin: _chain(
+                config, steps, _dimension_numbers(thin, last_two), matrix_of
+            ),
             config.lora,
             moved,
         )
@@ -205,9 +208,12 @@ def make_optimizer(
 
 
 def _chain(
-    config: OptimConfig, steps: int, matrices: PyTree
+    config: OptimConfig,
+    steps: int,
+    matrices: PyTree,
+    named: Callable[[str], str] = str,
 ) -> optax.GradientTransformationExtraArgs:
-    """Clip, precondition, decay, scale."""
+    """Clip, precondition, decay, scale; ``named`` says which path a pattern is for."""
     arguments = {**_DEFAULTS[config.name], **config.arguments}
     constructor = OPTIMIZERS[config.name]
     if "muon_weight_dimension_numbers" in inspect.signature(constructor).parameters:
@@ -215,8 +221,8 @@ def _chain(
     return optax.chain(
         _clipping(config),
         constructor(**arguments),
-        _decay(config),
-        _scale_by_path(config.rates),
+        _decay(config, named),
+        _scale_by_path(config.rates, named),
         optax.scale_by_learning_rate(make_schedule(config, steps), flip_sign=False),
     )
 
@@ -326,20 +332,24 @@ def _clipping(config: OptimConfig) -> optax.GradientTransformation:
     return clip_all(config.clip)
 
 
-def _decay(config: OptimConfig) -> optax.GradientTransformation:
+def _decay(
+    config: OptimConfig, named: Callable[[str], str]
+) -> optax.GradientTransformation:
     def decays(path: str, _: Any) -> bool:
-        return not any(re.search(pattern, path) for pattern in config.no_decay)
+        return not any(re.search(pattern, named(path)) for pattern in config.no_decay)
 
     return optax.add_decayed_weights(
         -config.weight_decay, mask=lambda params: tree.map_with_path(decays, params)
     )
 
 
-def _scale_by_path(rates: Mapping[str, float]) -> optax.GradientTransformation:
+def _scale_by_path(
+    rates: Mapping[str, float], named: Callable[[str], str]
+) -> optax.GradientTransformation:
     """Multiply each update by the rate of its path."""
 
     def scaled(path: str, update: Array) -> Array:
-        return update * tree.longest_match(rates, path, 1.0)
+        return update * tree.longest_match(rates, named(path), 1.0)
 
     return optax.stateless(lambda updates, _: tree.map_with_path(scaled, updates))
 

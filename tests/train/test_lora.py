@@ -149,6 +149,22 @@ def test_muon_takes_each_factor_for_a_matrix():
     assert len(jax.tree.leaves(moments)) == 2 * len(MATRICES)
 
 
+@pytest.mark.parametrize("pattern", ["^stack/up$", "up"])
+def test_rates_and_decay_are_by_the_paths_of_matrices(pattern):
+    plain = {"name": "sgd", "clip": None}
+    found, _, _ = adapted(config(**plain, rates={pattern: 0.0}), 1)
+    first = arrays(weights())
+    for path in MATRICES:
+        assert np.array_equal(found[0][path], first[path]) == (path == "stack/up")
+    params = weights()
+    tx = make_optimizer(config(**plain, no_decay=(pattern,)), STEPS, params)
+    state = tx.init(params)
+    _, after = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    for path, down in state.thin.down.items():
+        rests = np.array_equal(after.thin.down[path], down)
+        assert rests == (path == "stack/up")
+
+
 def test_only_what_is_included_is_adapted():
     lora = LoraConfig(rank=RANK, include=("query", "out$"))
     _, state, _ = adapted(config(lora), 1)
