@@ -51,7 +51,8 @@ def draw_specialisation(
     axes.set_xlabel("expert")
     axes.grid(False)
     if labels:
-        axes.set_yticks(range(len(labels)), labels)
+        # Text with dollars in it is no mathematics.
+        axes.set_yticks(range(len(labels)), labels, parse_math=False)
     axes.figure.colorbar(image, ax=axes, label="share of visits")
     return axes
 

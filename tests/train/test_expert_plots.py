@@ -1,6 +1,7 @@
 """Pictures of experts show the numbers that they were given."""
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sparsejax.train.expert_plots import (
@@ -24,6 +25,12 @@ def test_specialisation_has_a_row_for_each_label():
     axes = draw_specialisation(Figure().subplots(), shares, ["the", "of", "cat"])
     np.testing.assert_array_equal(axes.images[0].get_array(), shares)
     assert [text.get_text() for text in axes.get_yticklabels()] == ["the", "of", "cat"]
+
+
+def test_a_label_with_dollars_is_drawn_as_it_is():
+    figure = Figure()
+    draw_specialisation(figure.subplots(), np.eye(2), ["'$$'", "'$x_$'"])
+    FigureCanvasAgg(figure).draw()
 
 
 FOUND = {
