@@ -54,9 +54,9 @@ def visits_of(metrics: dict[str, Array], batch: Batch) -> Visits | None:
 
 def no_visits(config: ModelConfig) -> dict[str, Array]:
     """Begin to count the visits of each expert; nothing without experts."""
-    if not isinstance(config.ffn, MoEConfig):
-        return {}
     layers = [config.layer(n).feed_forward == config.ffn for n in range(config.depth)]
+    if not isinstance(config.ffn, MoEConfig) or not any(layers):
+        return {}
     return {LOAD: jnp.zeros((sum(layers), config.ffn.experts))}
 
 

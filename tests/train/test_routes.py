@@ -128,6 +128,16 @@ def test_visits_are_the_same_on_any_mesh():
         np.testing.assert_array_equal(one, many)
 
 
+def test_a_model_whose_memories_replace_all_experts_counts_no_visits():
+    layers = {**toy.TOY["model"], "memory_layers": (0, 1)}
+    step, state, train, evaluate, _ = toy.start(
+        toy.toy(masked=None, model=layers), toy.one_device()
+    )
+    assert "moe/load" not in jax.eval_shape(train, state, toy.batch())[1]
+    assert jax.eval_shape(evaluate, state, toy.batch())[1] is None
+    assert routes.no_visits(step.config.model) == {}
+
+
 def test_a_line_says_which_experts_none_visited_since_the_line_before():
     train = dataclasses.asdict(toy.toy().train) | {"log_every": 3, "eval_every": 100}
     config = toy.toy(masked=None, train=train)
