@@ -44,6 +44,7 @@ from sparsejax.config import (
     to_dict,
 )
 from sparsejax.data import open_data
+from sparsejax.masked import MaskedConfig
 from sparsejax.memory.specific import rarity
 from sparsejax.moe import TABLES, MoEConfig
 from sparsejax.nn.config import GatedConfig
@@ -161,15 +162,17 @@ def finetune(
 
 def _overridden(before: Config, overrides: Sequence[str]) -> Config:
     """Change a config; masks of trained weights are not random unless it is said."""
-    values, given = to_dict(before), set()
+    values = to_dict(before)
+    usual = MaskedConfig.initial_criterion
+    if before.masked is not None and before.masked.initial_criterion == usual:
+        del values["masked"]["initial_criterion"]
     for flag in overrides:
         path, equals, text = flag.removeprefix("--config.").partition("=")
         if not equals or not flag.startswith("--config."):
             raise ConfigError(f"{flag}: not of the form --config.PATH=VALUE")
         override(Config, values, path, text)
-        given.add(path)
     config = convert(Config, values)
-    if (plan := config.masked) is None or "masked.initial_criterion" in given:
+    if (plan := config.masked) is None or "initial_criterion" in values["masked"]:
         return config
     plan = dataclasses.replace(plan, initial_criterion=plan.criterion)
     return dataclasses.replace(config, masked=plan)

@@ -135,6 +135,22 @@ def test_masks_that_follow_movement_do_so_at_once():
     assert dense < at_once < late / 2
 
 
+def test_what_first_masks_are_chosen_by_is_what_was_said():
+    masks, plain = "--config.masked", {"density": 0.5}
+    grasp, usual = METHODS["grasp"], plain | {"criterion": "gradient"}
+    for plan, flags, expected in (
+        (None, [f"{masks}.density=0.5"], "magnitude"),
+        (None, [f"{masks}={{'density': 0.5}}"], "magnitude"),
+        (None, [f"{masks}={plain | {'initial_criterion': 'random'}}"], "random"),
+        (usual, [], "gradient"),
+        (usual, [f"{masks}.initial_criterion=random"], "random"),
+        (grasp, ["--config.train.steps=30"], "grasp"),
+    ):
+        before = toy(**{**LEAST, "masked": plan})
+        after = convert._overridden(before, flags)
+        assert after.masked.initial_criterion == expected
+
+
 class KilledError(Exception):
     """Stands for a process that is no more."""
 
