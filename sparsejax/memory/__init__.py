@@ -18,6 +18,7 @@ from sparsejax.memory.layer import (
     QueryMoments,
     ValuePool,
     moved_moments,
+    rest_moments,
 )
 from sparsejax.memory.lookup import Hits, product_key_top_k
 from sparsejax.memory.peer import PEER
@@ -40,6 +41,7 @@ __all__ = [
     "embedding_bag",
     "moved_moments",
     "product_key_top_k",
+    "rest_moments",
     "row_products",
     "slot_counts",
 ]

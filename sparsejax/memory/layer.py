@@ -6,7 +6,7 @@ and the softmax over hits are float32; values are summed in float32 and written 
 dtype of the input. Tables of ``m`` rows are read row by row, never as a whole. Queries
 normed over the batch have ``QueryMoments``, state that no gradient reaches: in training
 a layer reports ``metrics["evidence/queries"]``, and whoever owns the step writes
-``moved_moments`` of it afterwards.
+``moved_moments`` of it afterwards. Where they ``rest`` they norm in training, too.
 """
 
 from typing import Literal
@@ -34,6 +34,7 @@ __all__ = [
     "moved_moments",
     "normal",
     "normalize",
+    "rest_moments",
 ]
 
 
@@ -111,6 +112,7 @@ class ProductKeys(nnx.Module):
         if config.query_norm == "batch":
             start = jnp.zeros((2, heads, key_width), jnp.float32).at[1].set(1)
             self.moments = QueryMoments(start, axes="2 h c")
+        self.rests = False
 
     def queries(self, x: Float[Array, "n d"]) -> Float[Array, "n h c"]:
         """Give the query of every head, not normed yet."""
@@ -171,12 +173,22 @@ def batch_moments(
 ) -> tuple[Float[Array, "2 h c"] | None, dict[str, Array]]:
     """Give the moments that a batch's queries are normed by, and report them.
 
-    Neither is there outside of training, or for another norm.
+    Neither is there outside of training, where moments rest, or for another norm.
     """
-    if key is None or not hasattr(lookup, "moments"):
+    if key is None or lookup.rests or not hasattr(lookup, "moments"):
         return None, {}
     moments, sums = lookup.moments_of(rows, valid)
     return moments, {"evidence/queries": sums}
+
+
+def rest_moments(model: nnx.Module) -> None:
+    """Let queries be normed by the running moments in training, as in evaluation.
+
+    Else a model whose moments stay would be another one when it is evaluated.
+    """
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, ProductKeys):
+            module.rests = True
 
 
 def _projects(inner: int, width: int, gate: str) -> bool:

@@ -20,6 +20,7 @@ from sparsejax import masked
 from sparsejax.data import Batch
 from sparsejax.masked import MaskedConfig
 from sparsejax.masked.plan import targets
+from sparsejax.memory import rest_moments
 from sparsejax.nn import Transformer, refreshed
 from sparsejax.train.config import Config
 from sparsejax.train.losses import Losses, predicts, token_losses
@@ -65,6 +66,8 @@ class Step:
         self.vocabulary = vocabulary
         self.token_bytes = np.asarray(token_bytes, np.int32)
         model = nnx.eval_shape(lambda: self._model(jax.random.key(0)))
+        if config.optim.frozen:
+            rest_moments(model)
         self.graph, self.params, self.variables = nnx.split(model, nnx.Param, ...)
         steps = masked.horizon(config.masked, config.train.steps)
         self.schedule = make_schedule(config.optim, steps)
@@ -209,9 +212,10 @@ class Step:
         scalars = {"loss": losses.nll / losses.tokens}
         scalars |= {f"loss/{name}": value for name, value in aside[0].items()}
         scalars |= {"gradient_norm": norms[0], "update_norm": norms[1]}
-        variables, said = refreshed(self.config.model, state.variables, aside[1])
-        if self.config.optim.frozen:
-            variables = state.variables
+        resting = self.config.optim.frozen
+        moving = {} if resting else state.variables
+        moved, said = refreshed(self.config.model, moving, aside[1])
+        variables = state.variables if resting else moved
         step = state.step + 1
         values = jnp.stack([scalars[name] for name in statistics(scalars)])
         fault = _first_fault(state.fault, step, values)

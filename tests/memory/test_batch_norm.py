@@ -53,6 +53,18 @@ def test_training_norms_by_the_batch_and_evaluation_by_what_runs(config, key):
 
 
 @every_kind
+def test_moments_that_rest_norm_in_training_too(config, key):
+    graph, state = build(config)
+    x, about = 3 * tokens(key) + 1, {"valid": jnp.asarray(PAD)}
+    evaluated = run(graph, state, x, **about)
+    layer, pool = nnx.merge(graph, state)
+    memory.rest_moments(layer)
+    training = run(*nnx.split((layer, pool)), x, **about, key=jax.random.key(0))
+    assert "evidence/queries" not in training.metrics
+    np.testing.assert_array_equal(training.value, evaluated.value)
+
+
+@every_kind
 def test_padding_and_the_size_of_queries_say_nothing(config, key):
     graph, state = build(config)
     x, about = tokens(key), {"valid": jnp.asarray(PAD), "key": jax.random.key(0)}

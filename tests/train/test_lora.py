@@ -238,6 +238,18 @@ def test_a_mesh_adapts_as_one_device_does_and_state_that_is_no_parameter_rests()
         assert np.any(factor.get_value())
 
 
+def test_a_model_is_trained_by_the_moments_that_it_is_evaluated_by():
+    memory = {**toy.TOY["model"]["memory"], "query_norm": "batch"}
+    model = {**toy.LEAST["model"], "memory": memory, "memory_layers": (0,)}
+    config = toy.toy(model=model, masked=None, optim=LORA)
+    _, state, train, evaluate, mesh = toy.start(config, toy.one_device())
+    with jax.set_mesh(mesh):
+        state, _ = train(state, toy.batch())
+        sums, _ = evaluate(state, toy.batch(1))
+        _, metrics = train(state, toy.batch(1))
+    np.testing.assert_allclose(metrics["loss"], sums.nll / sums.tokens, rtol=1e-5)
+
+
 def test_a_restored_run_goes_on_with_the_same_bits(tmp_path):
     config = toy.toy(**toy.LEAST, optim=LORA)
     straight, resumed = toy.interrupted(config, tmp_path)
