@@ -122,10 +122,11 @@ class OptimConfig:
             require(rate >= 0, f"rates[{pattern!r}]", rate, "must not be negative")
         _check_tables(self)
         require(
-            self.lora is None or self.table_rows is None,
-            "table_rows",
-            self.table_rows,
-            "freezes all but tables, so lora would move nothing; leave one of them out",
+            self.lora is None or self.tables is None,
+            "tables",
+            self.tables,
+            "moves rows, and lora lets nothing move but its factors; set one of them to"
+            " none",
         )
 
     @property

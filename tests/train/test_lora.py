@@ -197,8 +197,8 @@ def test_a_tree_without_matrices_is_refused():
         ({"optim": {"lora": {"scale": 0.0}}}, "scale=0.0: must be positive"),
         ({"masked": toy.TOY["masked"]}, "masks keep some at zero"),
         (
-            {"optim": {"tables": "sgd", "table_rows": 5, "lora": {}}},
-            "so lora would move nothing",
+            {"optim": {"tables": "sgd", "lora": {}}},
+            "tables='sgd': moves rows, and lora lets nothing move",
         ),
     ],
 )
