@@ -60,7 +60,7 @@ from sparsejax.train.step import State
 from sparsejax.train.tables import Tables, TableState
 from sparsejax.train.trained import begun, config_of, load, mesh_of, write_start
 from sparsejax.train.workdir import check_place, write_atomically
-from sparsejax.typing import Array
+from sparsejax.typing import Array, PyTree
 
 __all__ = ["finetune", "main", "upcycle"]
 
@@ -146,8 +146,8 @@ def finetune(
     if config.model != before.model:
         raise ConfigError("--config.model: must stay what it is; its weights are kept")
     model, _ = load(workdir)
-    if config.optim.table_rows is not None and not config.optim.rates:
-        config = dataclasses.replace(config, optim=_frozen(config, model))
+    params = nnx.state(model, nnx.Param)
+    config = dataclasses.replace(config, optim=_followed(before, config, params))
 
     def begin(trainer: Trainer) -> State:
         _, params, variables = nnx.split(model, nnx.Param, ...)
@@ -178,9 +178,18 @@ def _overridden(before: Config, overrides: Sequence[str]) -> Config:
     return dataclasses.replace(config, masked=plan)
 
 
-def _frozen(config: Config, model: Transformer) -> OptimConfig:
+def _followed(before: Config, config: Config, params: PyTree) -> OptimConfig:
+    """Freeze all but tables if few rows are to move; not for that of a run before."""
+    optim, last = config.optim, before.optim
+    if last.table_rows is not None and optim.rates == _frozen(before, params).rates:
+        optim = dataclasses.replace(optim, rates={})
+    if optim.table_rows is None or optim.rates:
+        return optim
+    return _frozen(config, params)
+
+
+def _frozen(config: Config, params: PyTree) -> OptimConfig:
     """Let only the tables move, and nothing decay."""
-    params = nnx.state(model, nnx.Param)
     optim = dataclasses.replace(config.optim, weight_decay=0.0)
     paths = Tables(optim, config.train.steps, params).rates
     tables = "|".join(f"^{re.escape(path)}$" for path in paths)

@@ -11,6 +11,7 @@ from flax import nnx
 from sparsejax import convert
 from sparsejax.config import to_dict
 from sparsejax.moe import GatedExperts
+from sparsejax.nn import Transformer
 from sparsejax.sample import load
 from sparsejax.sharding import MeshConfig, make_mesh
 from sparsejax.train.checkpoint import Checkpoints
@@ -155,6 +156,27 @@ def test_finetuning_moves_what_is_specific_and_freezes_all_else(tmp_path):
         most = 2 * new.train.steps if path.endswith("memory/values") else 0
         assert (rows.sum() > 0) == (most > 0), path
         assert rows.sum() <= most, path
+
+
+def test_what_froze_for_rows_moves_again_when_it_is_finetuned_as_a_whole():
+    params = nnx.eval_shape(
+        lambda: nnx.state(Transformer(toy().model, 48, rngs=nnx.Rngs(0)), nnx.Param)
+    )
+    first = toy(masked=None)
+
+    def followed(before, **changes):
+        optim = dataclasses.replace(before.optim, **changes)
+        new = dataclasses.replace(before, optim=optim)
+        optim = convert._followed(before, new, params)
+        return dataclasses.replace(new, optim=optim)
+
+    rows = followed(first, tables="sgd", table_rows=2)
+    assert rows.optim.rates[""] == 0
+    assert followed(rows, learning_rate=1.0).optim.rates == rows.optim.rates
+    assert followed(rows, table_rows=None).optim.rates == {}
+    assert followed(rows, table_rows=None, rates={"ffn": 2.0}).optim.rates == {
+        "ffn": 2.0
+    }
 
 
 def test_finetuning_refuses_another_model_and_what_is_no_override(dense_run, tmp_path):
