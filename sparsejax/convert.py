@@ -86,9 +86,11 @@ def upcycle(
             if they do.
 
     Raises:
-        ConfigError: if the run is not dense, or there is one in ``out``.
+        ConfigError: if the run is not dense, moves too little to train routers, or
+            there is one in ``out``.
     """
     before = config_of(workdir)
+    _check_moves(before, workdir)
     mesh = mesh_of(before.mesh)
     model, _ = load(workdir, mesh=mesh)
     dense = model.config.ffn
@@ -113,6 +115,15 @@ def upcycle(
     parts = _over(mesh, made, model)
     write_start(out, config, lambda x: begun(x, mesh, *parts), mesh=mesh)
     return config
+
+
+def _check_moves(before: Config, workdir: Path) -> None:
+    """Refuse a run whose optimiser would let new routers stay as they are drawn."""
+    if before.optim.frozen:
+        raise ConfigError(
+            f"--workdir={workdir}: optim.lora or table_rows lets new routers rest;"
+            " set both to none by finetune, and take that run"
+        )
 
 
 def _over(

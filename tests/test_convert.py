@@ -87,6 +87,19 @@ def test_an_upcycled_run_is_cut_over_the_mesh_of_the_run(
         np.testing.assert_allclose(two[path], x, rtol=1e-6, atol=1e-7)
 
 
+def test_a_run_whose_new_routers_would_rest_is_not_upcycled(
+    dense_run, tmp_path, monkeypatch, capsys
+):
+    config, workdir = dense_run
+    thin = {"learning_rate": 1e-3, "lora": {"rank": 2}}
+    other = toy(**LEAST, optim=thin, train=to_dict(config.train))
+    monkeypatch.setattr(convert, "config_of", lambda _: other)
+    flags = [f"--workdir={workdir}", f"--out={tmp_path / 'x'}"]
+    assert convert.main(["upcycle", *flags, "--experts=4", "--per_token=2"]) == 2
+    assert "lets new routers rest" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.slow  # a second program to compile
 def test_an_upcycled_run_goes_on_training(dense_run, tmp_path):
     config, workdir = dense_run
