@@ -3,9 +3,10 @@
     python -m sparsejax.bench costs --config=configs/masked.py:blast
     python -m sparsejax.bench costs --config=configs/masked.py:rigl --rows=1
 
-Masks are random ones of the density that the plan ends with. A layer's first matrix
-multiplies so many rows, in turns with the dense product; a layer that executes the
-dense product is not called faster, however the two times come out.
+Masks are those that the plan would begin with at the density that it ends with: random
+ones, but where it measures a first batch. A layer's first matrix multiplies so many
+rows, in turns with the dense product; a layer that executes the dense product is not
+called faster, however the two times come out.
 """
 
 import argparse
@@ -28,7 +29,9 @@ from sparsejax.config import ConfigError, convert, read
 from sparsejax.masked.blocked import Blocked
 from sparsejax.masked.report import LayerCost, layer_costs
 from sparsejax.train.config import Config
+from sparsejax.train.loop import Trainer
 from sparsejax.train.step import State, Step
+from sparsejax.train.trained import alone
 
 VOCABULARY = 258
 COLUMNS = {"path": "layer", "matrix": "matrix", "parameters": "parameters"}
@@ -45,7 +48,13 @@ def ended(config: Config) -> State:
     last = {"initial": plan.density, "schedule": "constant", "rewind": None}
     config = replace(config, masked=replace(plan, **last))
     step = Step(config, VOCABULARY, np.ones(VOCABULARY))
-    return jax.jit(step.init)(jax.random.key(config.seed))
+    if not step.measures:
+        return jax.jit(step.init)(jax.random.key(config.seed))
+    mesh = alone()
+    with jax.set_mesh(mesh):
+        trainer = Trainer(config, mesh)
+        trainer.data.train.close()
+        return trainer.init()
 
 
 def measured(

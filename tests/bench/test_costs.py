@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from configs.masked import METHODS
 from sparsejax.bench import costs
 from sparsejax.config import ConfigError, convert, read
 from sparsejax.masked import Blocked
 from sparsejax.masked.report import LayerCost
 from sparsejax.train.config import Config
+from tests.train.toy import LEAST, toy
 
 WIDE = LayerCost("up", (16, 8), 2, 256, 64, 1024, 272, 128.0, 512.0)
 PACE = {"rounds": 2, "seconds": 1.0}
@@ -38,3 +40,11 @@ def test_the_masks_are_those_of_the_plans_end():
     values["masked"] = None
     with pytest.raises(ConfigError, match="no mask to report on"):
         costs.ended(convert(Config, values))
+
+
+def test_masks_that_ask_a_first_batch_are_chosen_by_one():
+    plan = METHODS["grasp"] | {"density": 0.3}
+    state = costs.ended(toy(**LEAST | {"masked": plan}))
+    masks = state.opt.masks.values()
+    live = sum(int(x.get_value().sum()) for x in masks)
+    assert live == pytest.approx(0.3 * sum(x.get_value().size for x in masks), rel=0.01)
