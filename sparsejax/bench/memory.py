@@ -31,6 +31,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from pallas_kernels import KernelError
 from sparsejax.bench.attention import race, ratio
 from sparsejax.bench.table import markdown, provenance, write_rows
 from sparsejax.memory import PEER, PEERConfig, product_key_top_k
@@ -204,7 +205,7 @@ def searches() -> list[str]:
     def can_run(name: str) -> bool:
         try:
             jax.eval_shape(partial(IMPLEMENTATIONS[name], k=1), scores, scores)
-        except ValueError:
+        except KernelError:
             return False
         return True
 
